@@ -1,0 +1,40 @@
+# The commands of the README. `make demo` and `make test` set everything up; a second run starts in seconds.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
+
+.PHONY: setup demo test check bench gpu clean
+
+setup: $(STAMP)
+
+# torch first and pinned: the extension is built against it, so nothing may be built in isolation.
+$(STAMP): pyproject.toml setup.py constraints.txt $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt torch==2.13.0 setuptools wheel ninja
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[gpu,models,bench,dev]'
+	touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/python examples/digits/demo.py
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP)
+	$(BIN)/planmill bench neighbors
+
+# On a machine with a CUDA device, in the Python that holds torch: the same tests on the device, then the rows.
+gpu:
+	$(PYTHON) -m pip install -q --no-build-isolation --no-deps -e .
+	$(PYTHON) -m pytest -m gpu --device cuda
+	$(PYTHON) -m planmill.cli bench neighbors --device cuda
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,80 @@
+"""Which backend runs an op on a device, and why a faster one does not."""
+
+import importlib.util
+from dataclasses import dataclass
+
+import torch
+
+from planmill.kernels.common import cpu
+from planmill.kernels.common.spec import REGISTRY, OpSpec
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The answer of `which`.
+
+    Attributes:
+        op: the op's name.
+        device: "cpu" or "cuda".
+        backend: "reference", "C++ (<instruction set>)", "numba", "Triton" or "CUDA C++".
+        missing: one reason per faster backend that will not run; empty when the fastest runs.
+    """
+
+    op: str
+    device: str
+    backend: str
+    missing: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.op} on {self.device}: {self.backend}" + "".join(f"; {reason}" for reason in self.missing)
+
+
+def which(op: str, device: str | torch.device = "cpu") -> Choice:
+    """Name the backend that runs `op` on `device`, and why a faster one does not.
+
+    Args:
+        op: an op's name, e.g. "knn".
+        device: "cpu" or "cuda"; an index is accepted and ignored.
+
+    Raises:
+        ValueError: no such op, or a device that planmill has no backend for.
+    """
+    if op not in REGISTRY:
+        raise ValueError(f"which: no op named {op!r}; there are {', '.join(sorted(REGISTRY))}")
+    spec = REGISTRY[op]
+    kind = torch.device(device).type
+    if kind == "cpu":
+        return _on_cpu(spec)
+    if kind == "cuda":
+        return _on_cuda(spec)
+    raise ValueError(f"which: device must be cpu or cuda, got {kind!r}")
+
+
+def _on_cpu(spec: OpSpec) -> Choice:
+    if spec.cpu is None:
+        return Choice(spec.name, "cpu", "reference", (spec.no_kernel or "no CPU kernel: the reference is enough",))
+    if spec.cpu != "C++":
+        return Choice(spec.name, "cpu", "numba", ())
+    module = cpu.extension()
+    if module is None:
+        return Choice(spec.name, "cpu", "reference", ("the C++ extension was not built: no compiler at install time",))
+    level = module.cpu_capability()
+    missing = tuple(
+        f"no {name}: {module.cpu_capability_reason(index)}"
+        for index, name in enumerate(cpu.LEVELS)
+        if index > level
+    )
+    return Choice(spec.name, "cpu", f"C++ ({cpu.LEVELS[level]})", missing)
+
+
+def _on_cuda(spec: OpSpec) -> Choice:
+    if spec.cuda is None:
+        return Choice(spec.name, "cuda", "reference", (spec.no_kernel or "no GPU kernel: the reference is enough",))
+    triton = spec.cuda.startswith("_triton")
+    backend, needs = ("Triton", "triton") if triton else ("CUDA C++", "cupy")
+    if not torch.cuda.is_available():
+        why = "torch was built without CUDA" if torch.version.cuda is None else "torch finds no GPU"
+        return Choice(spec.name, "cuda", "none", (f"no GPU: {why}",))
+    if importlib.util.find_spec(needs) is None:
+        return Choice(spec.name, "cuda", "none", (f"{needs} is not installed (pip install 'planmill[gpu]')",))
+    return Choice(spec.name, "cuda", backend)

@@ -1,0 +1,64 @@
+"""The package map and the C++ extension; everything else stands in pyproject.toml."""
+
+import os
+import shutil
+from pathlib import Path
+
+from setuptools import find_packages, setup
+from setuptools.command.editable_wheel import editable_wheel
+
+ROOT = Path(__file__).parent
+PACKAGE_DIR = {"planmill": "planmill", "planmill.kernels": "kernels", "planmill.engine": "engine"}
+
+
+def packages() -> list[str]:
+    """All packages: `kernels/` and `engine/` stand beside `planmill/` in the tree and below it when installed."""
+    found = []
+    for name, folder in PACKAGE_DIR.items():
+        found += [name, *(f"{name}.{sub}" for sub in find_packages(folder))]
+    return found
+
+
+def extensions() -> tuple[list, dict]:
+    """The C++ extension, or nothing where no compiler is found: the package then runs on its references."""
+    compiler = os.environ.get("CXX", "g++").split()[0]
+    if shutil.which(compiler) is None:
+        print(f"planmill: no C++ compiler ({compiler}); installing without the C++ kernels")
+        return [], {}
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+    sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp") if "tests" not in path.parts)
+    headers = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h"))
+    extension = CppExtension(
+        "planmill.kernels._C",
+        sources,
+        depends=headers,
+        include_dirs=[str(ROOT / "csrc")],
+        extra_compile_args=["-O3", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-g0"],
+        extra_link_args=["-fopenmp"],
+    )
+    return [extension], {"build_ext": BuildExtension.with_options(use_ninja=True)}
+
+
+class EditableWheel(editable_wheel):
+    """Also links a view of the installed tree for mypy and pyright, which do not follow `package_dir`."""
+
+    def run(self) -> None:
+        view = ROOT / "build" / "typing" / "planmill"
+        shutil.rmtree(view, ignore_errors=True)
+        view.mkdir(parents=True)
+        links = {entry.name: entry for entry in (ROOT / "planmill").iterdir() if entry.name != "__pycache__"}
+        links |= {"kernels": ROOT / "kernels", "engine": ROOT / "engine"}
+        for name, target in links.items():
+            (view / name).symlink_to(os.path.relpath(target, view))
+        super().run()
+
+
+ext_modules, build_commands = extensions()
+setup(
+    packages=packages(),
+    package_dir=PACKAGE_DIR,
+    package_data={"": ["configs/*.json", "*.html", "*.css", "py.typed"]},
+    ext_modules=ext_modules,
+    cmdclass={**build_commands, "editable_wheel": EditableWheel},
+)
