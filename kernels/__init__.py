@@ -1,13 +1,15 @@
 """What is computed: one folder per op, below its family. Never imports `tensorrt` or `planmill.engine`."""
 
 if __name__ != "planmill.kernels":
-    raise ImportError(f"this package is planmill.kernels; it was imported as {__name__!r}, which would register its ops twice")
+    raise ImportError(
+        f"this package is planmill.kernels; it was imported as {__name__!r}, which would register its ops twice"
+    )
 
 import importlib
 import pkgutil
 
 from planmill.kernels.common.backends import Choice, which
-from planmill.kernels.common.cpu import cpu_capability, cpu_capabilities
+from planmill.kernels.common.cpu import cpu_capabilities, cpu_capability
 from planmill.kernels.common.spec import REGISTRY, Case, OpSpec
 
 __all__ = ["REGISTRY", "Case", "Choice", "OpSpec", "cpu_capabilities", "cpu_capability", "families", "ops", "which"]

@@ -4,9 +4,8 @@ import importlib.util
 from dataclasses import dataclass
 
 import torch
-
 from planmill.kernels.common import cpu
-from planmill.kernels.common.spec import REGISTRY, OpSpec
+from planmill.kernels.common.spec import NAMESPACE, REGISTRY, OpSpec
 
 
 @dataclass(frozen=True)
@@ -58,11 +57,11 @@ def _on_cpu(spec: OpSpec) -> Choice:
     module = cpu.extension()
     if module is None:
         return Choice(spec.name, "cpu", "reference", ("the C++ extension was not built: no compiler at install time",))
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{spec.name}", "CPU"):
+        return Choice(spec.name, "cpu", "reference", ("the C++ extension is older than this op: install again",))
     level = module.cpu_capability()
     missing = tuple(
-        f"no {name}: {module.cpu_capability_reason(index)}"
-        for index, name in enumerate(cpu.LEVELS)
-        if index > level
+        f"no {name}: {module.cpu_capability_reason(index)}" for index, name in enumerate(cpu.LEVELS) if index > level
     )
     return Choice(spec.name, "cpu", f"C++ ({cpu.LEVELS[level]})", missing)
 

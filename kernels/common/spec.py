@@ -21,7 +21,7 @@ class Case:
 
     Args:
         id: readable name, unique within the op.
-        make: `make(dtype, generator) -> args`, the op's arguments in schema order, float tensors of `dtype`, on the CPU.
+        make: `make(dtype, generator) -> args`, the arguments in schema order, float tensors of `dtype`, on the CPU.
         dtypes: input dtypes that the case is meant for.
         gradient: whether the gradient of the float inputs is compared too.
         compiled: whether the case also runs under opcheck, torch.compile and torch.export.

@@ -36,7 +36,9 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
     console = Console()
     console.print(f"planmill {report['planmill']}, Python {report['python']}")
     console.print("packages: " + ", ".join(f"{k} {v or 'not installed'}" for k, v in report["packages"].items()))
-    console.print(f"cpu: {', '.join(report['cpu']['instruction_sets']) or 'no extension'}; threads: {report['cpu']['threads']}")
+    console.print(
+        f"cpu: {', '.join(report['cpu']['instruction_sets']) or 'no extension'}; threads: {report['cpu']['threads']}"
+    )
     console.print(f"gpu: {report['gpu'] or 'none'}")
     table = Table("op", "device", "runs", "why nothing faster")
     for row in report["ops"]:

@@ -1,0 +1,77 @@
+"""knn: schema, shape rule, checks and the public function."""
+
+import torch
+from planmill.kernels.common.checks import check_choice, check_float, check_int32_range, check_rank
+from planmill.kernels.common.registration import register
+from planmill.kernels.common.spec import OpSpec
+from planmill.kernels.neighbors.knn.cases import cases, compare
+from planmill.kernels.neighbors.knn.reference import METRICS, knn_reference
+
+MAX_K = 1024
+
+SPEC = OpSpec(
+    schema="knn(Tensor queries, Tensor database, int k, str metric, bool exclude_self, bool exact) -> (Tensor, Tensor)",
+    outputs=lambda queries, database, k, metric, exclude_self, exact: [
+        ((queries.shape[0], k), torch.float32),
+        ((queries.shape[0], k), torch.int32),
+    ],
+    reference=knn_reference,
+    cases=cases,
+    compare=compare,
+    cpu="C++",
+    cuda="_triton:launch",
+)
+_op = register(SPEC)
+
+
+def find_neighbors(
+    queries: torch.Tensor,
+    database: torch.Tensor,
+    k: int,
+    metric: str = "l2",
+    *,
+    exclude_self: bool = False,
+    exact: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k nearest rows of a database for each query, found exactly and without the n x m matrix.
+
+    With `exact=True` the database is screened in 16-bit arithmetic (AMX-bf16 where the processor has it, 16-bit
+    integers otherwise) under a proven error bound, and every row that could be among the k nearest is evaluated again
+    in float32 by direct differences: the neighbours are those of float32 arithmetic, duplicates have distance 0, and
+    data far from the origin loses nothing. With `exact=False` the screened values are returned as they are: neighbours
+    whose distances differ by less than about 1e-3 of the vectors' length may change places.
+
+    Args:
+        queries: [n, D], float32, bfloat16 or float16, any strides.
+        database: [m, D], dtype and device of `queries`, any strides.
+        k: number of neighbours, 1 to 1024.
+        metric: "l2", "l2sq" (squared), "cosine" (1 - cosine similarity; 1 for a zero row) or "dot" (larger is nearer).
+        exclude_self: query i does not match row i; needs n = m.
+        exact: see above.
+
+    Returns:
+        distances: [n, k] float32, nearest first: ascending, descending for "dot".
+        indices: [n, k] int32; ties go to the lower index. Where fewer than k rows match: distance inf (-inf for "dot")
+            and index -1. Rows that hold NaN or infinity match nothing.
+
+    Raises:
+        ValueError: wrong rank or width, k outside 1 to 1024, an unknown metric, `exclude_self` with n != m.
+        TypeError: another dtype, or dtypes that differ.
+
+    Source: brute-force kNN as in Johnson, Douze, Jegou, "Billion-scale similarity search with GPUs", section 5.
+    """
+    op = "knn"
+    check_rank(op, "queries", queries, "[n, D]")
+    check_rank(op, "database", database, "[m, D]")
+    check_float(op, queries=queries, database=database)
+    check_choice(op, "metric", metric, METRICS)
+    if queries.shape[1] != database.shape[1]:
+        raise ValueError(f"{op}: database must be [m, {queries.shape[1]}] like queries, got {list(database.shape)}")
+    if not 1 <= k <= MAX_K:
+        raise ValueError(f"{op}: k must be from 1 to {MAX_K}, got {k}")
+    if exclude_self and queries.shape[0] != database.shape[0]:
+        raise ValueError(
+            f"{op}: exclude_self needs as many queries as rows, got {queries.shape[0]} and {database.shape[0]}"
+        )
+    check_int32_range(op, "database", database.shape[0])
+    return _op(queries, database, k, metric, exclude_self, exact)

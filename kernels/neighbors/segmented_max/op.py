@@ -1,0 +1,71 @@
+"""segmented_max: schema, shape rule, checks and the public function."""
+
+import torch
+from planmill.kernels.common.checks import check_float, check_int32_range, check_rank
+from planmill.kernels.common.registration import register
+from planmill.kernels.common.spec import OpSpec
+from planmill.kernels.neighbors.segmented_max.cases import cases, compare
+from planmill.kernels.neighbors.segmented_max.reference import segmented_max_reference
+
+SPEC = OpSpec(
+    schema="segmented_max(Tensor queries, Tensor database, Tensor offsets) -> (Tensor, Tensor)",
+    outputs=lambda queries, database, offsets: [
+        ((queries.shape[0], offsets.shape[0] - 1), torch.float32),
+        ((queries.shape[0], offsets.shape[0] - 1), torch.int32),
+    ],
+    reference=segmented_max_reference,
+    cases=cases,
+    compare=compare,
+    cpu="C++",
+    cuda="_triton:launch",
+)
+_op = register(SPEC)
+
+
+def maximize_by_segment(
+    queries: torch.Tensor, database: torch.Tensor, offsets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Maximum inner product of each query with each segment of a database, and where it is reached.
+
+    `values[q, s] = max over x in segment s of <queries[q], x>`. The n x m matrix is never stored. With unit rows this
+    is the patch-to-image similarity of MuSc; with one segment, maximum inner-product search.
+
+    float32 inputs: the database is screened in 16-bit arithmetic with a proven error bound, and every row that could be
+    the maximum is evaluated again in float32, so that the result is the float32 one. Ties go to the lower index.
+
+    Args:
+        queries: [n, D], float32, bfloat16 or float16, any strides.
+        database: [m, D], dtype and device of `queries`, any strides.
+        offsets: [S + 1], int32 or int64, non-decreasing from 0 to m; segment s is rows `offsets[s]` to `offsets[s+1]`.
+
+    Returns:
+        values: [n, S] float32; -inf where a segment has no match.
+        indices: [n, S] int32 into the database; -1 where a segment has no match. Rows that hold NaN or infinity, and
+            empty segments, match nothing.
+
+    Raises:
+        ValueError: wrong rank, different D, or offsets that do not go from 0 to m without decreasing (checked for
+            offsets on the CPU; on a GPU the check would stop the stream).
+        TypeError: another dtype, or dtypes that differ.
+
+    Source: MuSc (Li et al., ICLR 2024), section 3.2, generalised to segments.
+    """
+    op = "segmented_max"
+    check_rank(op, "queries", queries, "[n, D]")
+    check_rank(op, "database", database, "[m, D]")
+    check_rank(op, "offsets", offsets, "[S + 1]")
+    check_float(op, queries=queries, database=database)
+    if queries.shape[1] != database.shape[1]:
+        raise ValueError(f"{op}: database must be [m, {queries.shape[1]}] like queries, got {list(database.shape)}")
+    if offsets.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{op}: offsets must be int32 or int64, got {offsets.dtype}")
+    if offsets.shape[0] == 0:
+        raise ValueError(f"{op}: offsets must be [S + 1] with at least one entry, got {list(offsets.shape)}")
+    check_int32_range(op, "database", database.shape[0])
+    if offsets.device.type == "cpu" and not torch.compiler.is_compiling():
+        ordered = bool((offsets[1:] >= offsets[:-1]).all())
+        if not ordered or offsets[0] != 0 or offsets[-1] != database.shape[0]:
+            raise ValueError(
+                f"{op}: offsets must go from 0 to {database.shape[0]} without decreasing, got {offsets.tolist()[:8]}"
+            )
+    return _op(queries, database, offsets)
