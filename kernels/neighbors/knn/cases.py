@@ -105,7 +105,9 @@ def compare(args: tuple, got: tuple, want: tuple, atol: float, rtol: float) -> N
     else:
         reached = (a * b).sum(1)
     torch.testing.assert_close(reached.float(), distances[found], atol=atol * min(scale, 3e38), rtol=rtol)
-    tied = (distances[:, 1:] == distances[:, :-1]) & found[:, 1:]
+    truth = torch.full(found.shape, torch.nan, dtype=torch.float64)
+    truth[found] = reached
+    tied = (truth[:, 1:] == truth[:, :-1]) & (distances[:, 1:] == distances[:, :-1])
     assert bool((indices[:, 1:] > indices[:, :-1])[tied].all()), "equal distances are not in index order"
     for row in indices.tolist():
         real = [i for i in row if i >= 0]
