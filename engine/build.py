@@ -1,0 +1,126 @@
+"""Model in, plan out: capture, compile, verify, write."""
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import planmill.kernels  # noqa: F401  the ops that a model may call
+import torch
+from planmill.engine.capture import BATCH, Captured, Dynamic, Examples, capture
+from planmill.engine.errors import PlanError
+from planmill.engine.machine import these_versions, this_machine
+from planmill.engine.manifest import FORMAT_VERSION, Manifest, Payload, Precision, Receipt, Tolerance
+from planmill.engine.plan import Plan, check_destination, describe_payload, write_plan
+from planmill.engine.targets import find_target
+from planmill.engine.verify import TOLERANCES, Sampler, verify
+from pydantic import JsonValue
+
+Progress = Callable[[str, float], None]
+
+
+def build(
+    model: torch.nn.Module,
+    example_inputs: Examples,
+    out: str | os.PathLike[str],
+    *,
+    target: str = "aoti",
+    precision: Precision = "fp32",
+    dynamic: Dynamic = BATCH,
+    output_names: Sequence[str] | None = None,
+    metadata: Mapping[str, JsonValue] | None = None,
+    tolerance: Tolerance | None = None,
+    sample: Sampler | None = None,
+    progress: Progress = lambda stage, fraction: None,
+) -> Plan:
+    """Turn a model into a plan file, and prove on the way that the plan computes what the model computes.
+
+    Args:
+        model: in eval mode, on the CPU; it is not changed.
+        example_inputs: one tensor, tensors in the order of `forward`, or tensors by argument name. Their sizes fix what
+            `dynamic` leaves, their values set the range of the random inputs that the plan is verified on.
+        out: the file to write, `*.plan`. What stands there is replaced only after the new plan has passed.
+        target: "aoti".
+        precision: "fp32", or "bf16": bfloat16 inside, the model's dtypes at the boundary.
+        dynamic: a DynamicDim for dimension 0 of every input (the default: 1 to 64), {input: {dimension: DynamicDim}},
+            or None: all sizes fixed.
+        output_names: instead of the names found: dictionary keys or attribute names, else output, output_0, ...
+        metadata: JSON that the plan carries along, e.g. class names or the normalisation of the input.
+        tolerance: how far the plan may be from the model; `planmill.engine.TOLERANCES[precision]` when not given.
+        sample: `sample(sizes, generator) -> inputs` in place of random ones, for a model that takes only some values.
+        progress: `progress(stage, fraction)`, called as the stages "capture", "compile", "verify", "write" advance.
+
+    Returns:
+        The plan written.
+
+    Raises:
+        PlanError: the model, the arguments or the destination do not allow a plan, or the receipt is out of tolerance.
+    """
+    started = time.perf_counter()
+    module = find_target(target)
+    path = check_destination(out)
+    kept = _plain_json(metadata or {})
+    progress("capture", 0.0)
+    captured = capture(model, example_inputs, dynamic=dynamic, precision=precision, output_names=output_names)
+    with tempfile.TemporaryDirectory(prefix="planmill-") as folder:
+        progress("compile", 0.0)
+        payload = module.compile_program(captured, Path(folder))
+        progress("verify", 0.0)
+        receipt = verify(
+            module.load_payload(payload),
+            captured,
+            tolerance or TOLERANCES[precision],
+            sample=sample,
+            progress=lambda fraction: progress("verify", fraction),
+        )
+        progress("write", 0.0)
+        described = describe_payload(payload)
+        seconds = time.perf_counter() - started
+        manifest = _manifest(model, captured, target, precision, described, receipt, seconds, kept)
+        plan = write_plan(path, manifest, {described.name: payload})
+    progress("write", 1.0)
+    return plan
+
+
+def _manifest(
+    model: torch.nn.Module,
+    captured: Captured,
+    target: str,
+    precision: Precision,
+    payload: Payload,
+    receipt: Receipt,
+    seconds: float,
+    metadata: dict[str, JsonValue],
+) -> Manifest:
+    return Manifest(
+        format=FORMAT_VERSION,
+        model=f"{type(model).__module__}.{type(model).__qualname__}",
+        target=target,
+        precision=precision,
+        layout=captured.layout,
+        inputs=captured.inputs,
+        outputs=captured.outputs,
+        dynamic=captured.dynamic,
+        ops=captured.ops,
+        versions=these_versions(),
+        platform=this_machine(),
+        payloads=[payload],
+        receipt=receipt,
+        build_time_s=round(seconds, 3),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        metadata=metadata,
+    )
+
+
+def _plain_json(metadata: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
+    """The metadata as it will be read back; what JSON would change or drop is refused."""
+    try:
+        kept = json.loads(json.dumps(dict(metadata), allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise PlanError(f"metadata must be plain JSON: {error}") from error
+    if kept != dict(metadata):
+        raise PlanError("metadata must be plain JSON: keys are strings, and sequences are lists")
+    return kept

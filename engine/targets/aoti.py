@@ -1,0 +1,89 @@
+"""AOTInductor: a program -> a package with one shared library, weights inside.
+
+Weights are frozen: folded into constants, batch norm into its convolution, packed where a library packs. Channels-last
+is chosen by what the model spends its time on: for a convolutional model Inductor keeps activations in that layout from
+the first convolution to the last; for a transformer with one patch convolution the conversion costs more than it brings.
+The number of threads is read when the plan runs (torch.set_num_threads), not when it is built.
+"""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from planmill.engine.capture import Captured
+from planmill.engine.errors import PlanError, first_line
+from planmill.engine.targets import Runner
+from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompiler, OperatorIssue
+
+_PAYLOAD = "aoti.pt2"
+
+
+def compile_program(captured: Captured, folder: Path) -> Path:
+    """Compile a captured model.
+
+    Args:
+        captured: the model.
+        folder: an empty directory for the payload.
+
+    Returns:
+        The payload's path.
+
+    Raises:
+        PlanError: no C++ compiler, or an op that AOTInductor cannot lower.
+    """
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise PlanError("target aoti needs a C++ compiler: install g++, or name one in CXX") from error
+    path = folder / _PAYLOAD
+    try:
+        with torch.no_grad(), _stdout_to_stderr():
+            torch._inductor.aoti_compile_and_package(
+                captured.program, package_path=str(path), inductor_configs=_options(captured)
+            )
+    except (OperatorIssue, InductorError, NotImplementedError, CppCompileError) as error:
+        raise PlanError(
+            f"target aoti cannot lower {_operator(captured, error)}: {first_line(error)}: write that step with other "
+            "ops, or wrap it in a custom op whose arguments are tensors, numbers and strings"
+        ) from error
+    return path
+
+
+def load_payload(path: Path) -> Runner:
+    """Load a package; it unpacks itself into a temporary directory that goes with the runner.
+
+    Raises:
+        PlanError: torch cannot load it.
+    """
+    try:
+        loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1)
+    except RuntimeError as error:
+        raise PlanError(f"the plan's native code cannot be loaded: {first_line(error)}") from error
+    return loader.boxed_run
+
+
+def _options(captured: Captured) -> dict[str, Any]:
+    return {
+        "freezing": True,
+        "layout_optimization": captured.layout == "channels_last",
+        "cpp.dynamic_threads": True,
+    }
+
+
+def _operator(captured: Captured, error: BaseException) -> str:
+    """The op that an error speaks of."""
+    text = str(error)
+    targets = {str(n.target) for n in captured.program.graph.nodes if isinstance(n.target, torch._ops.OpOverload)}
+    named = [name for name in (*captured.ops, *sorted(targets)) if name in text or name.replace("::", ".") in text]
+    return f"op {max(named, key=len)}" if named else "the model"
+
+
+@contextlib.contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """Compile output belongs to no script that reads standard output."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
