@@ -1,0 +1,70 @@
+// Screening: a 16-bit matrix product whose error is bounded row by row, so that exact work is left to few candidates.
+//
+// A row x is stored as 16-bit numbers q with a scale: x = inv * q + (rest of length <= res). For two rows
+//     |x.y - inv_x inv_y (q_x.q_y)| <= res_x |y| + (|x| + res_x) res_y      (Cauchy-Schwarz, twice)
+// Integers (AVX2, AVX-512): rows are scaled to a length below 2^15.5, so that a 32-bit sum can never overflow and the
+// product is exact. bf16 (AMX): rows are scaled to length one; the float32 sum adds |x||y| D 2^-24.
+// The value screened is v = x.y - half_y: with half = |y|^2/2 the nearest row has the largest v, with half = 0 it is the
+// inner product. Padding rows and rows that hold NaN or infinity have half = infinity, and are never chosen.
+#pragma once
+
+#include <cstdint>
+
+namespace planmill {
+
+struct RowStats {
+  float inv;   // scale of the 16-bit numbers
+  float half;  // half the squared length; of the rounded row if asked
+  float norm;  // length, rounded up
+  float res;   // length of the rounding residual, rounded up; includes the error of the sum
+};
+
+// The same, as arrays over rows.
+struct StatsView {
+  float *inv, *half, *norm, *res;
+};
+
+// The kernels of one instruction set. Left rows are packed into panels of `left_panel` rows, right rows into panels of
+// `right_panel`; a packed row is `pairs` 32-bit words of two 16-bit numbers, zero-padded.
+struct ScreenKernels {
+  const char* name;
+  int left_panel, right_panel;
+  int pair_multiple;     // pairs of a packed row are a multiple of this
+  bool integer;          // products arrive as int32, else as float
+  int64_t left_rows;     // rows of a left block that keep the caches busy but not full
+
+  // 16-bit form of x [d]; `rounded` asks for the length of the rounded row in `half`.
+  void (*quantize)(const float* x, int64_t d, int64_t pairs, bool rounded, uint32_t* out, RowStats* stats);
+  void (*put_left)(const uint32_t* row, int64_t pairs, int lane, uint32_t* panel);
+  void (*put_right)(const uint32_t* row, int64_t pairs, int lane, uint32_t* panel);
+
+  // out[left][right] (raw, row stride ld) = left . right
+  void (*multiply)(const uint32_t* left, const uint32_t* right, int64_t left_panels, int64_t right_panels, int64_t pairs,
+                   void* out, int64_t ld);
+
+  // Raw products to inner products in place, with the largest lower bound of v per left row (low_left) and per
+  // right row (low_right; null to leave out); both are running maxima.
+  void (*lower_bounds)(float* t, int64_t rows, int64_t columns, int64_t ld, StatsView left, StatsView right,
+                       float* low_left, float* low_right);
+  // Columns of one row whose upper bound reaches `threshold` (left view) or low_right (right view; null to leave out).
+  int64_t (*candidates)(const float* t, int64_t columns, RowStats left, StatsView right, float threshold,
+                        const float* low_right, int32_t* found);
+  // Raw products to the largest v per left and per right row (running maxima), without bounds.
+  void (*maxima)(float* t, int64_t rows, int64_t columns, int64_t ld, StatsView left, StatsView right, float* best_left,
+                 float* best_right);
+  // Raw products of one row to v; columns with v (+ bound if `bounded`) >= threshold are listed with lower and upper
+  // bounds of v.
+  int64_t (*list_above)(float* t, int64_t columns, RowStats left, StatsView right, bool bounded, float threshold,
+                        int32_t* found, float* low, float* high);
+
+  // Exact float32 work on candidates.
+  void (*squared_distances)(const float* x, const float* const* y, int64_t count, int64_t d, float* out);
+  void (*dots)(const float* x, const float* const* y, int64_t count, int64_t d, float* out);
+};
+
+const ScreenKernels* screen_baseline();
+const ScreenKernels* screen_avx2();
+const ScreenKernels* screen_avx512();
+const ScreenKernels* screen_amx();
+
+}  // namespace planmill

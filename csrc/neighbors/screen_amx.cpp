@@ -1,0 +1,108 @@
+// AMX-bf16: 32 x 32 products in four tile registers, two left and two right tiles of 16 x 32 numbers per step.
+// PLANMILL_EMULATE: tile registers as plain arrays, for tests on machines without AMX.
+#ifndef PLANMILL_EMULATE
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,amx-tile,amx-bf16")
+#define PLANMILL_AVX512
+#endif
+#include "neighbors/screen_kernels.h"
+
+namespace planmill {
+namespace {
+
+#ifdef PLANMILL_EMULATE
+using Vec = VecGeneric<16>;
+#include "neighbors/amx_emulation.h"
+#else
+using Vec = VecAvx512;
+#endif
+
+constexpr int kTile = 16;                         // rows of a tile, and 32-bit words of a tile row
+constexpr int kPanel = 2 * kTile;                 // rows of a panel
+constexpr int64_t kTileWords = kTile * kTile;     // 1 KiB
+constexpr int64_t kBlocksPerPass = 16;            // 16 pairs each: a right panel of this depth is 32 KiB
+
+// Left panel: [block of 16 pairs][tile of 16 rows][row][pair]
+void put_left(const uint32_t* row, int64_t pairs, int lane, uint32_t* panel) {
+  for (int64_t p = 0; p < pairs; ++p)
+    panel[((p / kTile * 2 + lane / kTile) * kTile + lane % kTile) * kTile + p % kTile] = row[p];
+}
+
+// Right panel: [block of 16 pairs][tile of 16 columns][pair][column]
+void put_right(const uint32_t* row, int64_t pairs, int lane, uint32_t* panel) {
+  for (int64_t p = 0; p < pairs; ++p)
+    panel[((p / kTile * 2 + lane / kTile) * kTile + p % kTile) * kTile + lane % kTile] = row[p];
+}
+
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t bytes[16] = {};
+  uint8_t rows[16] = {};
+};
+
+void multiply(const uint32_t* left, const uint32_t* right, int64_t left_panels, int64_t right_panels, int64_t pairs,
+              void* out, int64_t ld) {
+  TileConfig config;
+  for (int i = 0; i < 8; ++i) config.bytes[i] = 64, config.rows[i] = kTile;
+  _tile_loadconfig(&config);
+  auto* c = static_cast<float*>(out);
+  const int64_t blocks = pairs / kTile, row_bytes = ld * 4;
+  for (int64_t j = 0; j < right_panels; ++j)
+    for (int64_t first = 0; first < blocks; first += kBlocksPerPass) {
+      const int64_t last = first + kBlocksPerPass < blocks ? first + kBlocksPerPass : blocks;
+      for (int64_t i = 0; i < left_panels; ++i) {
+        float* corner = c + i * kPanel * ld + j * kPanel;
+        const uint32_t* a = left + (i * blocks + first) * 2 * kTileWords;
+        const uint32_t* b = right + (j * blocks + first) * 2 * kTileWords;
+        if (first == 0) {
+          _tile_zero(0);
+          _tile_zero(1);
+          _tile_zero(2);
+          _tile_zero(3);
+        } else {
+          _tile_loadd(0, corner, row_bytes);
+          _tile_loadd(1, corner + kTile, row_bytes);
+          _tile_loadd(2, corner + kTile * ld, row_bytes);
+          _tile_loadd(3, corner + kTile * ld + kTile, row_bytes);
+        }
+        for (int64_t k = first; k < last; ++k, a += 2 * kTileWords, b += 2 * kTileWords) {
+          _tile_loadd(4, a, 64);
+          _tile_loadd(6, b, 64);
+          _tile_dpbf16ps(0, 4, 6);
+          _tile_loadd(7, b + kTileWords, 64);
+          _tile_dpbf16ps(1, 4, 7);
+          _tile_loadd(5, a + kTileWords, 64);
+          _tile_dpbf16ps(2, 5, 6);
+          _tile_dpbf16ps(3, 5, 7);
+        }
+        _tile_stored(0, corner, row_bytes);
+        _tile_stored(1, corner + kTile, row_bytes);
+        _tile_stored(2, corner + kTile * ld, row_bytes);
+        _tile_stored(3, corner + kTile * ld + kTile, row_bytes);
+      }
+    }
+  _tile_release();
+}
+
+}  // namespace
+
+const ScreenKernels* screen_amx() {
+  static constexpr ScreenKernels kernels = {"amx",
+                                            kPanel,
+                                            kPanel,
+                                            kTile,
+                                            false,
+                                            256,
+                                            &quantize_bf16<Vec>,
+                                            &put_left,
+                                            &put_right,
+                                            &multiply,
+                                            &lower_bounds<Vec, false>,
+                                            &candidates<Vec>,
+                                            &maxima<Vec, false>,
+                                            &list_above<Vec, false>,
+                                            &against_all<Vec, true>,
+                                            &against_all<Vec, false>};
+  return &kernels;
+}
+
+}  // namespace planmill

@@ -1,0 +1,133 @@
+// What the neighbour ops share: rows brought near the origin, packed for a ScreenKernels, and screened block by block.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <vector>
+
+#include "neighbors/screen.h"
+
+namespace planmill {
+
+// The kernels of the instruction set in use (common/cpu_capability.h).
+const ScreenKernels& screen_kernels();
+
+// The rows of a contiguous float32, bfloat16 or float16 matrix.
+class Rows {
+ public:
+  explicit Rows(const at::Tensor& contiguous, int64_t d);
+  int64_t count() const { return count_; }
+  int64_t width() const { return d_; }
+  // Row i as float32; `scratch` [d] is used where the matrix is not float32.
+  const float* get(int64_t i, float* scratch) const;
+
+ private:
+  const void* data_;
+  at::ScalarType type_;
+  int64_t count_, d_;
+};
+
+enum class Metric { kL2, kDot, kCosine };
+
+// Shift and scale that bring rows near the origin and to lengths near one. Distances do not change under the shift, and
+// the order of inner products with one query does not either, so it costs nothing and makes the error bounds tight.
+struct Frame {
+  std::vector<float> centre;  // scaled
+  float scale = 1.0f;         // a power of two, so that scaling is exact
+};
+
+// The centre is the mean of up to 256 rows of `rows`. The scale comes from the same sample, or from all rows of `rows` and
+// of `others` where the sample turned out not to be typical (`whole`).
+Frame frame_of(const Rows& rows, Metric metric, const Rows* others, bool whole);
+
+// `rows` rounded up to whole panels.
+inline int64_t round_up(int64_t rows, int64_t panel) { return (rows + panel - 1) / panel * panel; }
+
+// Rows packed as the left or the right operand of ScreenKernels::multiply.
+class Packed {
+ public:
+  enum class Side { kLeft, kRight };
+  Packed(const ScreenKernels& kernels, Side side, int64_t capacity, int64_t d);
+
+  // Packs rows [begin, begin + count) at panel-aligned row `at`, and pads up to the next panel. `rounded`: see RowStats.
+  // Returns false if a row is too long for the frame; the frame must then be made from all rows.
+  bool pack(const Rows& rows, int64_t begin, int64_t count, const Frame& frame, Metric metric, bool shifted, bool rounded,
+            int64_t at);
+
+  int64_t padded(int64_t rows) const { return round_up(rows, panel_); }
+  int64_t panels(int64_t rows) const { return padded(rows) / panel_; }
+  const uint32_t* at(int64_t row) const { return words_.data_ptr<int32_t>() ? words() + row * pairs_ : nullptr; }
+  StatsView stats(int64_t row) const;
+  bool valid(int64_t row) const;
+  int64_t pairs() const { return pairs_; }
+
+ private:
+  uint32_t* words() const { return reinterpret_cast<uint32_t*>(words_.data_ptr<int32_t>()); }
+  void pack_row(const Rows& rows, int64_t row, const Frame& frame, Metric metric, bool shifted, bool rounded,
+                int64_t slot, float* scratch, uint32_t* packed) const;
+  void pad_row(int64_t slot, uint32_t* packed) const;
+
+  const ScreenKernels& kernels_;
+  Side side_;
+  int64_t panel_, pairs_, capacity_;
+  at::Tensor words_, stats_;
+};
+
+// float32 distance from a float32 squared one, computed again in double where the square left float32's range.
+float distance_from_square(float square, const float* x, const float* y, int64_t d);
+
+// Buffers of one thread.
+struct Workspace {
+  std::vector<float> products, low_left, low_right, values, scratch, scratch_rows;
+  std::vector<int32_t> found;
+  std::vector<const float*> rows;
+};
+
+// One block of left rows against one block of right rows, exactly: multiplies, bounds, and calls
+// `visit(left row, right rows, values, count)` with the float32 distance (kL2) or inner product of every pair that could
+// be the best of its left row, or of its right row where `low_right` is given. Bounds in `low_left` and `low_right` run on
+// from block to block.
+struct Block {
+  const ScreenKernels& kernels;
+  const Packed& left;
+  const Packed& right;
+  const Rows& left_rows;
+  const Rows& right_rows;
+  Metric metric;
+};
+
+template <class Visit>
+void visit_candidates(const Block& b, int64_t left_slot, int64_t left_row, int64_t rows, int64_t right_slot,
+                      int64_t right_row, int64_t columns, float* low_left, float* low_right, Workspace& w, Visit visit) {
+  const int64_t ld = b.right.padded(columns);
+  w.products.resize(static_cast<size_t>(b.left.padded(rows) * ld));
+  w.found.resize(static_cast<size_t>(ld));
+  w.values.resize(static_cast<size_t>(ld));
+  w.rows.resize(static_cast<size_t>(ld));
+  const int64_t d = b.left_rows.width();
+  w.scratch.resize(static_cast<size_t>(d));
+  b.kernels.multiply(b.left.at(left_slot), b.right.at(right_slot), b.left.panels(rows), b.right.panels(columns),
+                     b.left.pairs(), w.products.data(), ld);
+  const StatsView left = b.left.stats(left_slot), right = b.right.stats(right_slot);
+  b.kernels.lower_bounds(w.products.data(), rows, ld, ld, left, right, low_left, low_right);
+  for (int64_t r = 0; r < rows; ++r) {
+    if (!b.left.valid(left_slot + r)) continue;
+    const RowStats own{left.inv[r], left.half[r], left.norm[r], left.res[r]};
+    const int64_t count = b.kernels.candidates(w.products.data() + r * ld, ld, own, right, low_left[r], low_right,
+                                               w.found.data());
+    const float* x = b.left_rows.get(left_row + r, w.scratch.data());
+    w.scratch_rows.resize(static_cast<size_t>(4 * d));
+    for (int64_t first = 0; first < count; first += 4) {
+      const int64_t some = count - first < 4 ? count - first : 4;
+      for (int64_t k = 0; k < some; ++k)
+        w.rows[k] = b.right_rows.get(right_row + w.found[first + k], w.scratch_rows.data() + k * d);
+      float* values = w.values.data() + first;
+      (b.metric == Metric::kL2 ? b.kernels.squared_distances : b.kernels.dots)(x, w.rows.data(), some, d, values);
+      if (b.metric == Metric::kL2)
+        for (int64_t k = 0; k < some; ++k) values[k] = distance_from_square(values[k], x, w.rows[k], d);
+    }
+    visit(r, w.found.data(), w.values.data(), count);
+  }
+}
+
+}  // namespace planmill
