@@ -131,9 +131,10 @@ class Session:
             if x.requires_grad:
                 x = x.detach()
             ready.append(x if x.is_contiguous() else x.contiguous())
-        if self._run is None:
+        run = self._run
+        if run is None:
             raise PlanError(f"{self.plan.path}: the session is closed")
-        return self._run(ready)
+        return run(ready)
 
 
 def _unpack(spec: TensorSpec, manifest: Manifest) -> _Check:

@@ -2,7 +2,7 @@
 
 Weights are frozen: folded into constants, batch norm into its convolution, packed where a library packs. Channels-last
 is chosen by what the model spends its time on: for a convolutional model Inductor keeps activations in that layout from
-the first convolution to the last; for a transformer with one patch convolution the conversion costs more than it brings.
+the first convolution to the last; for a transformer with one patch convolution it costs more than it brings.
 The number of threads is read when the plan runs (torch.set_num_threads), not when it is built.
 """
 

@@ -32,8 +32,11 @@ def _root(
 
 def _register() -> None:
     """Each command module stays light: it imports torch and the rest inside its function."""
-    from planmill.cli import doctor, ops
+    from planmill.cli import build, doctor, info, ops, run
 
+    app.command("build")(build.build)
+    app.command("run")(run.run)
+    app.command("info")(info.info)
     app.command("doctor")(doctor.doctor)
     app.command("ops")(ops.ops)
 

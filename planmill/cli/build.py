@@ -1,0 +1,150 @@
+"""`planmill build`: a model becomes a plan."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from planmill.errors import PlanmillError
+
+if TYPE_CHECKING:
+    import torch
+
+    from planmill.engine.manifest import Precision
+
+_STAGES = {
+    "load": "loading the model",
+    "capture": "capturing the graph",
+    "compile": "compiling",
+    "verify": "comparing with the model",
+    "write": "writing the plan",
+}
+
+
+def build(
+    model: Annotated[str, typer.Argument(help="module.py:factory, package.module:factory, or a timm model's name.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The plan to write, *.plan.")],
+    target: Annotated[str, typer.Option(help="What to compile to.")] = "aoti",
+    precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+    inputs: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--input",
+            "-i",
+            help="Shape of one sample, [DTYPE:]SHAPE[:BELOW], e.g. 3x32x32, or int64:16:1000 for 16 integers below "
+            "1000. Once per input, in order; the batch dimension comes first by itself. A timm model knows its own.",
+        ),
+    ] = None,
+    batch: Annotated[str, typer.Option(help="Batch sizes MIN:OPT:MAX, or one size.")] = "1:8:64",
+    static: Annotated[bool, typer.Option("--static", help="Fix the batch size to OPT.")] = False,
+    weights: Annotated[Path | None, typer.Option(help="safetensors, or a state dict saved by torch.save.")] = None,
+    random_weights: Annotated[
+        bool, typer.Option("--random-weights", help="Keep a timm model's random weights.")
+    ] = False,
+    max_rel: Annotated[float | None, typer.Option(help="Largest error allowed, relative to an output's scale.")] = None,
+    cosine: Annotated[float | None, typer.Option(help="Least cosine allowed between plan and model.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the example inputs and of random weights.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
+) -> None:
+    """Mill a model into a plan, and prove that the plan computes what the model computes."""
+    sizes = _sizes(batch)
+    wanted = [_parse_input(text) for text in inputs or []]
+    import torch
+
+    from planmill import engine
+    from planmill.engine.models import load_model
+    from planmill.engine.plan import check_destination
+    from planmill.engine.targets import find_target
+
+    find_target(target)
+    if precision not in engine.TOLERANCES:
+        raise PlanmillError(f"precision must be fp32 or bf16, got {precision!r}")
+    check_destination(out)
+    changes = {name: value for name, value in (("max_rel", max_rel), ("cosine", cosine)) if value is not None}
+    kind = cast("Precision", precision)
+    tolerance = engine.Tolerance(**(engine.TOLERANCES[kind].model_dump() | changes)) if changes else None
+    console = Console(stderr=True)
+    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True) as bar:
+        tasks: dict[str, Any] = {}
+
+        def advance(stage: str, fraction: float) -> None:
+            for name, task in tasks.items():
+                if name != stage:
+                    bar.update(task, total=1, completed=1)
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(_STAGES[stage], total=1 if stage == "verify" else None)
+            bar.update(tasks[stage], completed=fraction)
+
+        advance("load", 0.0)
+        torch.manual_seed(seed)
+        module = load_model(model, weights, random_weights=random_weights)
+        plan = engine.build(
+            module,
+            _examples(wanted or _own_inputs(module), sizes[1]),
+            out,
+            target=target,
+            precision=kind,
+            dynamic=None if static else engine.DynamicDim("batch", *sizes),
+            tolerance=tolerance,
+            progress=advance,
+        )
+    if as_json:
+        print(plan.manifest.model_dump_json(indent=2))
+        return
+    from planmill.cli.info import describe
+
+    describe(plan, Console())
+
+
+def _sizes(text: str) -> tuple[int, int, int]:
+    parts = text.split(":")
+    if len(parts) not in (1, 3) or not all(part.isdecimal() and int(part) for part in parts):
+        raise PlanmillError(f"--batch must be MIN:OPT:MAX or one size, each at least 1, got {text!r}")
+    low, opt, high = (int(part) for part in (parts * 3 if len(parts) == 1 else parts))
+    if not low <= opt <= high:
+        raise PlanmillError(f"--batch must satisfy MIN <= OPT <= MAX, got {text!r}")
+    return low, opt, high
+
+
+def _parse_input(text: str) -> tuple[str, tuple[int, ...], int]:
+    """ "int64:4x16:1000" -> dtype, shape, bound; the bound is 2 where none is given."""
+    head, *rest = text.split(":")
+    dtype, shape, below = "float32", head, "2"
+    if head and not head[0].isdecimal():
+        dtype, shape, below = head, *(rest + ["", "2"][len(rest) :])[:2]
+        rest = rest[2:]
+    sizes = shape.split("x") if shape else []
+    if rest or not all(size.isdecimal() and int(size) for size in sizes) or not (below.isdecimal() and int(below)):
+        raise PlanmillError(f"--input must be [DTYPE:]SHAPE[:BELOW], e.g. 3x32x32 or int64:16:1000, got {text!r}")
+    return dtype, tuple(map(int, sizes)), int(below)
+
+
+def _own_inputs(model: "torch.nn.Module") -> list[tuple[str, tuple[int, ...], int]]:
+    """What a timm model says of its input."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    if not config.get("input_size"):
+        raise PlanmillError("give the shape of each input of one sample: --input 3x224x224")
+    return [("float32", tuple(config["input_size"]), 2)]
+
+
+def _examples(inputs: list[tuple[str, tuple[int, ...], int]], batch: int) -> list["torch.Tensor"]:
+    import torch
+
+    examples = []
+    for name, shape, below in inputs:
+        dtype = getattr(torch, name, None)
+        if not isinstance(dtype, torch.dtype):
+            raise PlanmillError(f"--input: torch has no dtype {name!r}")
+        if dtype.is_floating_point:
+            examples.append(torch.randn(batch, *shape).to(dtype))
+        else:
+            values = torch.randint(0, below, (batch, *shape))
+            values.view(-1)[:1], values.view(-1)[-1:] = (
+                0,
+                below - 1,
+            )  # the extremes, which the verification draws between
+            examples.append(values.to(dtype))
+    return examples

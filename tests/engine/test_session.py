@@ -1,0 +1,162 @@
+"""A plan computes what its model computes, and says what does not fit."""
+
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from planmill.engine import Plan, PlanError, Session
+from torch import nn
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 7, 9])
+def test_dynamic_batch(perceptron: nn.Module, perceptron_plan: Plan, batch: int) -> None:
+    x = torch.randn(batch, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(Session(perceptron_plan.path)(x), perceptron(x), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [(1, 4, 4), (2, 8, 9), (3, 7, 11), (5, 13, 13)])
+def test_convolutional_model_is_channels_last(
+    convolutional: nn.Module, convolutional_plan: Plan, sizes: tuple[int, int, int]
+) -> None:
+    assert convolutional_plan.manifest.layout == "channels_last"
+    batch, height, width = sizes
+    x = torch.randn(batch, 3, height, width)
+    session = Session(convolutional_plan.path)
+    with torch.no_grad():
+        wanted = convolutional(x)
+    torch.testing.assert_close(session(x), wanted, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(session(x.to(memory_format=torch.channels_last)), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_bf16_keeps_the_boundary_of_the_model(perceptron: nn.Module, bf16_plan: Plan) -> None:
+    x = torch.randn(5, 6)
+    got = Session(bf16_plan.path)(x)
+    assert isinstance(got, torch.Tensor)
+    with torch.no_grad():
+        wanted = perceptron(x)
+    assert got.dtype == torch.float32
+    assert not torch.equal(got, wanted)
+    torch.testing.assert_close(got, wanted, atol=3e-2, rtol=3e-2)
+    assert next(perceptron.parameters()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("batch", [1, 5, 64])
+def test_several_inputs_and_outputs(several: nn.Module, several_plan: Plan, batch: int) -> None:
+    inputs = {
+        "keep": torch.rand(batch, 5) < 0.5,
+        "tokens": torch.randint(0, 11, (batch, 5)),
+        "weight": torch.randn(batch),
+    }
+    session = Session(several_plan.path)
+    wanted = several(**inputs)
+    got = session.run(inputs)
+    assert list(got) == ["mean", "count", "any"]
+    for name, value in got.items():
+        torch.testing.assert_close(value, wanted[name].detach())
+    in_order = session(inputs["tokens"], inputs["weight"], inputs["keep"])
+    assert isinstance(in_order, tuple)
+    assert all(torch.equal(a, b) for a, b in zip(in_order, got.values(), strict=True))
+
+
+def test_strided_and_differentiable_inputs(perceptron: nn.Module, perceptron_plan: Plan) -> None:
+    x = torch.randn(6, 8).T[1:8:2].requires_grad_()
+    got = Session(perceptron_plan.path)(x)
+    assert isinstance(got, torch.Tensor)
+    assert not got.requires_grad
+    torch.testing.assert_close(got, perceptron(x).detach(), atol=1e-6, rtol=1e-5)
+
+
+def test_outputs_are_new_each_time(perceptron_plan: Plan) -> None:
+    session, x = Session(perceptron_plan.path), torch.randn(3, 6)
+    first = session(x)
+    assert isinstance(first, torch.Tensor)
+    kept = first.clone()
+    session(torch.randn(3, 6))
+    assert torch.equal(first, kept)
+
+
+def test_threads_follow_torch(perceptron: nn.Module, perceptron_plan: Plan) -> None:
+    session, x, before = Session(perceptron_plan.path), torch.randn(9, 6), torch.get_num_threads()
+    results = []
+    for threads in (1, before):
+        torch.set_num_threads(threads)
+        results.append(session(x))
+    torch.testing.assert_close(results[0], results[1])
+
+
+def test_one_session_in_several_threads(perceptron: nn.Module, perceptron_plan: Plan) -> None:
+    session = Session(perceptron_plan.path)
+    inputs = [torch.randn(1 + i % 9, 6) for i in range(32)]
+    outputs: dict[int, object] = {}
+
+    def work(start: int) -> None:
+        for i in range(start, 32, 4):
+            outputs[i] = session(inputs[i])
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    with torch.no_grad():
+        for i, x in enumerate(inputs):
+            torch.testing.assert_close(outputs[i], perceptron(x), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.randn(2, 6, dtype=torch.float64), r"input x: expected float32 \(batch, 6\), got float64 \(2, 6\)"),
+        (torch.randn(2, 7), r"input x: expected float32 \(batch, 6\), got float32 \(2, 7\)"),
+        (torch.randn(6), r"input x: expected float32 \(batch, 6\), got float32 \(6,\)"),
+        (torch.randn(0, 6), r"got float32 \(0, 6\): batch must be 1 to 9"),
+        (torch.randn(10, 6), r"got float32 \(10, 6\): batch must be 1 to 9"),
+        (torch.randn(2, 6, device="meta"), r"got float32 \(2, 6\) on meta"),
+        ([[1.0] * 6], r"input x: expected float32 \(batch, 6\), got list"),
+    ],
+    ids=["dtype", "size", "rank", "too small", "too large", "device", "no tensor"],
+)
+def test_input_that_does_not_fit(perceptron_plan: Plan, x: torch.Tensor, message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        Session(perceptron_plan.path)(x)
+
+
+def test_inputs_that_do_not_fit_together(several_plan: Plan) -> None:
+    session = Session(several_plan.path)
+    tokens, weight, keep = torch.zeros(3, 5, dtype=torch.int64), torch.ones(2), torch.ones(3, 5, dtype=torch.bool)
+    with pytest.raises(PlanError, match=r"input weight: .* batch is 3 on an input before it"):
+        session(tokens, weight, keep)
+    with pytest.raises(PlanError, match=r"takes 3 inputs \(tokens, weight, keep\), got 1"):
+        session(tokens)
+    with pytest.raises(PlanError, match="takes tokens, weight, keep; got tokens, mask"):
+        session.run({"tokens": tokens, "mask": keep})
+
+
+def test_closing_removes_the_unpacked_code(
+    perceptron_plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    with Session(perceptron_plan.path) as session:
+        session(torch.randn(1, 6))
+        (unpacked,) = tmp_path.iterdir()
+        assert unpacked.stat().st_mode & 0o077 == 0
+    with pytest.raises(PlanError, match="session is closed"):
+        session(torch.randn(1, 6))
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_end_of_the_process_removes_the_unpacked_code(perceptron_plan: Plan, tmp_path: Path) -> None:
+    program = (
+        "import sys, torch\nfrom planmill.engine import Session\nsession = Session(sys.argv[1])\n"
+        "session(torch.randn(1, 6))\nraise SystemExit(3)"
+    )
+    arguments = [sys.executable, "-c", program, str(perceptron_plan.path)]
+    assert subprocess.run(arguments, env={**os.environ, "TMPDIR": str(tmp_path)}, check=False).returncode == 3
+    assert not list(tmp_path.iterdir())
