@@ -43,16 +43,6 @@ at::Tensor interval_means(const at::Tensor& table, double low, double high, bool
   return scores;
 }
 
-namespace {
-
-bool finite(const float* x, int64_t d) {
-  float sum = 0.0f;
-  for (int64_t c = 0; c < d; ++c) sum += 0.0f * x[c];  // NaN as soon as one entry is not finite
-  return sum == 0.0f;
-}
-
-}  // namespace
-
 void plain_distances(const ScreenKernels& kernels, const Rows& images, int64_t i, int64_t patches, const Rows& others,
                      int64_t j, int64_t other_patches, double radius, int64_t width, float* out, int64_t stride,
                      Workspace& w) {
@@ -64,7 +54,7 @@ void plain_distances(const ScreenKernels& kernels, const Rows& images, int64_t i
   std::vector<const float*> all(static_cast<size_t>(other_patches));
   for (int64_t q = 0; q < other_patches; ++q) {
     all[q] = others.get(j * other_patches + q, w.scratch_rows.data() + q * d);
-    if (!finite(all[q], d)) all[q] = nullptr;
+    if (!finite_row(all[q], d)) all[q] = nullptr;
   }
   const int64_t reach = radius >= 0 ? static_cast<int64_t>(std::min(radius, 1e9)) : 0;
   for (int64_t p = 0; p < patches; ++p) {
@@ -83,7 +73,7 @@ void plain_distances(const ScreenKernels& kernels, const Rows& images, int64_t i
         }
     }
     float best = std::numeric_limits<float>::infinity();
-    if (count > 0 && finite(x, d)) {
+    if (count > 0 && finite_row(x, d)) {
       kernels.squared_distances(x, w.rows.data(), count, d, w.values.data());
       const float square = *std::min_element(w.values.begin(), w.values.begin() + count);
       if (square > 1.0e-30f && square < 1.0e37f) best = std::sqrt(square);

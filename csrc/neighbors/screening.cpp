@@ -56,13 +56,19 @@ float largest_magnitude(const float* x, int64_t d) {  // infinity for a row that
   return finite ? top : kInfinity;
 }
 
-double length(const float* x, int64_t d) {
+}  // namespace
+
+bool finite_row(const float* x, int64_t d) {
+  float sum = 0.0f;
+  for (int64_t c = 0; c < d; ++c) sum += 0.0f * x[c];  // NaN as soon as one entry is not finite
+  return sum == 0.0f;
+}
+
+double length_of_row(const float* x, int64_t d) {
   double squares = 0.0;
   for (int64_t c = 0; c < d; ++c) squares += static_cast<double>(x[c]) * x[c];
   return std::sqrt(squares);
 }
-
-}  // namespace
 
 namespace {
 
@@ -98,7 +104,7 @@ Frame frame_of(const Rows& rows, Metric metric, const Rows* others, bool whole) 
     const float top = largest_magnitude(x, d);
     if (top == kInfinity) continue;
     double weight = 1.0;
-    if (metric == Metric::kCosine) weight = top > 0.0f ? 1.0 / length(x, d) : 0.0;
+    if (metric == Metric::kCosine) weight = top > 0.0f ? 1.0 / length_of_row(x, d) : 0.0;
     for (int64_t c = 0; c < d; ++c) sum[c] += weight * x[c];
     ++used;
   }
@@ -144,7 +150,7 @@ void Packed::pack_row(const Rows& rows, int64_t row, const Frame& frame, Metric 
   const float top = largest_magnitude(x, d);
   if (top == kInfinity) return pad_row(slot, packed);
   float scale = frame.scale;
-  if (metric == Metric::kCosine) scale = top > 0.0f ? static_cast<float>(1.0 / length(x, d)) : 0.0f;
+  if (metric == Metric::kCosine) scale = top > 0.0f ? static_cast<float>(1.0 / length_of_row(x, d)) : 0.0f;
   if (metric == Metric::kCosine && !(scale < kInfinity)) scale = 0.0f;
   // One query's scale does not change the order of its similarities.
   if (metric == Metric::kDot && !shifted) scale = power_of_two_over(top);

@@ -73,6 +73,11 @@ class Packed {
   at::Tensor words_, stats_;
 };
 
+// Whether no entry is NaN or infinity.
+bool finite_row(const float* x, int64_t d);
+// Euclidean length, in double.
+double length_of_row(const float* x, int64_t d);
+
 // float32 distance from a float32 squared one, computed again in double where the square left float32's range.
 float distance_from_square(float square, const float* x, const float* y, int64_t d);
 

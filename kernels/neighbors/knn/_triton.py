@@ -313,7 +313,9 @@ def _candidates(
     return count, slot
 
 
-def _unpack(keys: torch.Tensor, metric: str, unit: torch.Tensor, distances: torch.Tensor, indices: torch.Tensor) -> None:
+def _unpack(
+    keys: torch.Tensor, metric: str, unit: torch.Tensor, distances: torch.Tensor, indices: torch.Tensor
+) -> None:
     """Write the distances and indices of sorted keys [n, k]."""
     bits = (keys >> 32).to(torch.int32)
     cost = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(torch.float32)
