@@ -3,10 +3,10 @@
 if __name__ != "planmill.engine":
     raise ImportError(f"this package is planmill.engine; it was imported as {__name__!r}")
 
-from planmill.engine.build import build
 from planmill.engine.capture import BATCH, Captured, DynamicDim, capture
 from planmill.engine.errors import PlanError
 from planmill.engine.manifest import Manifest, Receipt, TensorSpec, Tolerance
+from planmill.engine.pipeline import build
 from planmill.engine.plan import Plan
 from planmill.engine.session import Session
 from planmill.engine.targets import TARGETS

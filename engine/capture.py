@@ -15,7 +15,8 @@ from torch._subclasses.fake_tensor import UnsupportedOperatorException
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental.symbolic_shapes import ConstraintViolationError, GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 Examples = torch.Tensor | Sequence[torch.Tensor] | Mapping[str, torch.Tensor]
 Layout = Literal["channels_last", "contiguous"]
@@ -224,6 +225,23 @@ def _must_run(model: torch.nn.Module, examples: tuple[torch.Tensor, ...], how: s
         raise PlanError(f"the model does not run {how}: {type(error).__name__}: {first_line(error)}") from error
 
 
+class _Arithmetic(TorchDispatchMode):
+    """Counts floating-point operations; torch's FlopCounterMode trips over some models without gradients (2.13)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = self.convolutions = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        packet = func._overloadpacket
+        if packet in flop_registry:
+            flops = flop_registry[packet](*args, **(kwargs or {}), out_val=out)
+            self.total += flops
+            self.convolutions += flops if packet is torch.ops.aten.convolution else 0
+        return out
+
+
 def _run_once(
     model: torch.nn.Module, keywords: list[str] | None, examples: tuple[torch.Tensor, ...]
 ) -> tuple[list[str], list[torch.dtype], Layout]:
@@ -233,7 +251,7 @@ def _run_once(
         def forward(self, *inputs: torch.Tensor) -> Any:
             return model(*inputs) if keywords is None else model(**dict(zip(keywords, inputs, strict=True)))
 
-    with FlopCounterMode(display=False) as counter:
+    with _Arithmetic() as counted:
         called = _must_run(Structured(model, keywords), examples, "on the example inputs")
     names, dtypes = [], []
     for path, leaf in pytree.tree_leaves_with_path(called):
@@ -246,9 +264,7 @@ def _run_once(
         dtypes.append(leaf.dtype)
     if not names:
         raise PlanError("the model returns no tensor")
-    flops = counter.get_flop_counts().get("Global", {})
-    convolutions = sum(count for op, count in flops.items() if "convolution" in str(op))
-    return names, dtypes, "channels_last" if convolutions * 2 > sum(flops.values()) else "contiguous"
+    return names, dtypes, "channels_last" if counted.convolutions * 2 > counted.total else "contiguous"
 
 
 def _export(
@@ -291,7 +307,8 @@ def _reason(error: BaseException) -> str:
 
 
 def _must_be_pure(program: ExportedProgram) -> None:
-    signature = program.graph_signature
+    """Writes show in the signature of the functional form only."""
+    signature = program.run_decompositions({}).graph_signature
     if signature.buffers_to_mutate:
         names = ", ".join(sorted(name.removeprefix("model.") for name in signature.buffers_to_mutate.values()))
         raise PlanError(f"the model changes its own state while it runs ({names}), and a plan has none")

@@ -127,7 +127,7 @@ def compare(name: str, got: torch.Tensor, wanted: torch.Tensor) -> OutputReceipt
         return OutputReceipt(name=name, max_abs=math.nan, max_rel=math.nan, cosine=math.nan, mismatched=0.0)
     max_abs, scale = float((g - w).abs().max()), float(w.abs().max())
     norms = float(g.norm() * w.norm())
-    cosine = float(g @ w) / norms if norms else float(max_abs == 0)
+    cosine = 1.0 if max_abs == 0 else float(g @ w) / norms if norms else 0.0
     max_rel = max_abs / scale if scale else (math.inf if max_abs else 0.0)
     return OutputReceipt(name=name, max_abs=max_abs, max_rel=max_rel, cosine=min(cosine, 1.0), mismatched=0.0)
 

@@ -1,7 +1,7 @@
 """`planmill build`: a model becomes a plan."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -51,6 +51,8 @@ def build(
     """Mill a model into a plan, and prove that the plan computes what the model computes."""
     sizes = _sizes(batch)
     wanted = [_parse_input(text) for text in inputs or []]
+    import warnings
+
     import torch
 
     from planmill import engine
@@ -63,8 +65,10 @@ def build(
         raise PlanmillError(f"precision must be fp32 or bf16, got {precision!r}")
     check_destination(out)
     changes = {name: value for name, value in (("max_rel", max_rel), ("cosine", cosine)) if value is not None}
-    kind = cast("Precision", precision)
+    kind: Precision = precision
     tolerance = engine.Tolerance(**(engine.TOLERANCES[kind].model_dump() | changes)) if changes else None
+    # torch 2.13 warns of itself while it copies a program.
+    warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)
     console = Console(stderr=True)
     columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console, transient=True) as bar:
@@ -142,9 +146,7 @@ def _examples(inputs: list[tuple[str, tuple[int, ...], int]], batch: int) -> lis
             examples.append(torch.randn(batch, *shape).to(dtype))
         else:
             values = torch.randint(0, below, (batch, *shape))
-            values.view(-1)[:1], values.view(-1)[-1:] = (
-                0,
-                below - 1,
-            )  # the extremes, which the verification draws between
+            flat = values.view(-1)
+            flat[:1], flat[-1:] = 0, below - 1  # both extremes: the verification draws between them
             examples.append(values.to(dtype))
     return examples

@@ -73,12 +73,8 @@ def _random(session: "Session", batch: int | None, seed: int) -> dict[str, "torc
         shape = [(batch or ranges[d].optimum) if isinstance(d, str) else d for d in spec.shape]
         dtype = spec.torch_dtype
         # Integers are 0 or 1: the plan does not say which others its model takes.
-        drawn = (
-            torch.randn(shape, generator=generator)
-            if dtype.is_floating_point
-            else torch.rand(shape, generator=generator) < 0.5
-        )
-        tensors[spec.name] = drawn.to(dtype)
+        drawn = torch.randn(shape, generator=generator)
+        tensors[spec.name] = drawn.to(dtype) if dtype.is_floating_point else (drawn > 0).to(dtype)
     return tensors
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from planmill.engine import DynamicDim, PlanError, Session, build
-from planmill.kernels.neighbors import score_mutually
+from planmill.kernels.neighbors.mutual_score import score_mutually
 from torch import nn
 
 LIBRARY = torch.library.Library("planmilltest", "FRAGMENT")
