@@ -123,7 +123,9 @@ def test_exports_with_a_dynamic_dimension(spec: OpSpec, case: Case, dtype: torch
 @pytest.mark.parametrize(("spec", "case"), GRADIENTS, ids=name)
 def test_gradient_is_that_of_the_reference(spec: OpSpec, case: Case) -> None:
     args = inputs(case, torch.float32)
-    mine = tuple(a.clone().requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args)
+    mine = tuple(
+        a.clone().requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args
+    )
     theirs = tuple(
         a.double().requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args
     )
