@@ -216,9 +216,9 @@ def test_commands_do_not_import_torch_for_help() -> None:
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
-def test_timm_model_by_name(cli: Cli, tmp_path: Path) -> None:
-    """The smallest one there is; the input size is its own."""
-    arguments = ["test_vit3.r160_in1k", "--random-weights", "--batch", "1:2:2"]
-    code, out, err = cli("build", *arguments, "--out", tmp_path / "t.plan", "--json")
-    assert code == 0, err
-    assert json.loads(out)["inputs"][0]["shape"] == ["batch", 3, 160, 160]
+def test_timm_model_knows_its_input() -> None:
+    model = load_model("test_vit3.r160_in1k", random_weights=True)
+    examples = _examples(_own_inputs(model), 2)
+    captured = capture(model, examples, dynamic=DynamicDim("batch", 1, 2, 2))
+    assert captured.inputs[0].shape == ["batch", 3, 160, 160]
+    assert captured.layout == "contiguous"
