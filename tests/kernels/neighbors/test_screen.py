@@ -1,9 +1,10 @@
-"""The screen of every instruction set against double arithmetic; those this machine lacks run over emulated registers."""
+"""The screen of every instruction set against double arithmetic; those a machine lacks run over emulated registers."""
 
 import subprocess
 from pathlib import Path
 
 import pytest
+
 from planmill import kernels
 
 ROOT = Path(__file__).parents[3]

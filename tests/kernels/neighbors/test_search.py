@@ -51,7 +51,7 @@ def test_near_neighbours_far_from_the_origin() -> None:
     """The Gram form loses these: distances near 1e-2 at a distance of 3e5 from the origin."""
     x = (normal(2000, 64) * 1e-2).double() + 4e4
     x32 = x.float()
-    got, found = find_neighbors(x32[:100], x32, 3)
+    got, _ = find_neighbors(x32[:100], x32, 3)
     want = torch.cdist(x32[:100].double(), x32.double(), compute_mode="donot_use_mm_for_euclid_dist").topk(
         3, largest=False
     )
