@@ -26,7 +26,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests marked gpu are collected only where a device is asked for: elsewhere they are not skipped, they are absent."""
+    """Tests marked gpu are collected only where a device is asked for: elsewhere they are absent, not skipped."""
     if config.getoption("--device") == "cuda":
         return
     for item in [item for item in items if item.get_closest_marker("gpu")]:
