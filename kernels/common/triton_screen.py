@@ -5,8 +5,8 @@ A row x becomes `hi` (and `lo`): float16 with hi * descale (+ lo * descale) clos
 no result depends on which queries share a batch. `descale` is a power of two of the row alone. With hi only the rounded
 row has 11 bits, with hi + lo 22; `residual` is the length of what rounding dropped, as it was, not as it might be.
 
-Triton interprets `do_not_specialize` sizes as plain integers; strides stay specialised: a unit stride is what lets loads
-be 16 bytes wide.
+Sizes are `do_not_specialize`, but strides and the number of channels are not: a unit stride and channels that divide by
+16 are what lets loads be 16 bytes wide, and both belong to the model, not to the batch.
 """
 
 from dataclasses import dataclass
@@ -46,7 +46,7 @@ def power_of_two(exponent):
     return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
 
 
-@triton.jit(do_not_specialize=["first", "rows", "patches", "channels", "k_tiles"])
+@triton.jit(do_not_specialize=["first", "rows", "patches", "k_tiles"])
 def encode_kernel(
     x_ptr, centre_ptr, unit_ptr, hi_ptr, lo_ptr, half_norm_ptr, descale_ptr, length_ptr, residual_ptr,
     first, rows, patches, channels, k_tiles, stride_i, stride_p, stride_c,
@@ -204,26 +204,31 @@ def encode(
 
 @triton.jit
 def tile_products(
-    x_hi_ptr, x_lo_ptr, y_hi_ptr, y_lo_ptr, o_m, m_m, o_n, m_n, k_tiles,
+    x_hi_ptr, x_lo_ptr, y_hi_ptr, y_lo_ptr, x_first, m_m, y_first, m_n, k_tiles,
     SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Products [BLOCK_M, BLOCK_N] of encoded rows o_m and o_n, accumulated in float32; masked rows give 0."""
+    """Products of encoded rows x_first.. and y_first.., accumulated in float32; masked rows give 0.
+
+    The first element is addressed in 64 bits, the tile from there in 32: half the registers of 64-bit addresses.
+    """
     o_k = tl.arange(0, BLOCK_K)
     stride = k_tiles * BLOCK_K
-    p_x = o_m.to(tl.int64)[:, None] * stride + o_k[None, :]
-    p_y = o_n.to(tl.int64)[None, :] * stride + o_k[:, None]
+    o_x = tl.arange(0, BLOCK_M)[:, None] * stride + o_k[None, :]
+    o_y = tl.arange(0, BLOCK_N)[None, :] * stride + o_k[:, None]
+    x_base = x_first.to(tl.int64) * stride
+    y_base = y_first.to(tl.int64) * stride
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for _ in range(k_tiles):
-        x = tl.load(x_hi_ptr + p_x, mask=m_m[:, None], other=0.0)
-        y = tl.load(y_hi_ptr + p_y, mask=m_n[None, :], other=0.0)
+        x = tl.load(x_hi_ptr + x_base + o_x, mask=m_m[:, None], other=0.0)
+        y = tl.load(y_hi_ptr + y_base + o_y, mask=m_n[None, :], other=0.0)
         if SPLIT:
-            x_lo = tl.load(x_lo_ptr + p_x, mask=m_m[:, None], other=0.0)
-            y_lo = tl.load(y_lo_ptr + p_y, mask=m_n[None, :], other=0.0)
+            x_lo = tl.load(x_lo_ptr + x_base + o_x, mask=m_m[:, None], other=0.0)
+            y_lo = tl.load(y_lo_ptr + y_base + o_y, mask=m_n[None, :], other=0.0)
             acc = tl.dot(x_lo, y, acc)
             acc = tl.dot(x, y_lo, acc)
         acc = tl.dot(x, y, acc)
-        p_x += BLOCK_K
-        p_y += BLOCK_K
+        x_base += BLOCK_K
+        y_base += BLOCK_K
     return acc
 
 

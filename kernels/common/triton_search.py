@@ -27,7 +27,7 @@ from planmill.kernels.common.triton_screen import (
     tile_products,
 )
 
-BLOCK_M, BLOCK_N, NUM_WARPS, NUM_STAGES = 128, 128, 4, 3
+BLOCK_M, NUM_WARPS, NUM_STAGES = 128, 8, 3
 SETTLE_ROWS, SETTLE_C, SETTLE_Q = 16, 128, 32
 NOWHERE = tl.constexpr(2147483647)
 WORKSPACE_BYTES = 32 << 20  # of the partial minima; pairs are visited in runs that fit
@@ -102,8 +102,8 @@ def search_kernel(
     for tile in range(split * run, tl.minimum(split * run + run, tiles)):
         o_n = low + tile * BLOCK_N + tl.arange(0, BLOCK_N)
         m_n = o_n < high
-        acc = tile_products(x_hi_ptr, x_lo_ptr, y_hi_ptr, y_lo_ptr, o_m, m_m, o_n, m_n, k_tiles,
-                            SPLIT, BLOCK_M, BLOCK_N, BLOCK_K)  # fmt: skip
+        acc = tile_products(x_hi_ptr, x_lo_ptr, y_hi_ptr, y_lo_ptr, i * patches + row_tile * BLOCK_M, m_m,
+                            low + tile * BLOCK_N, m_n, k_tiles, SPLIT, BLOCK_M, BLOCK_N, BLOCK_K)  # fmt: skip
         y_half_norm = tl.load(y_half_norm_ptr + o_n, mask=m_n, other=float("inf"))
         y_descale = tl.load(y_descale_ptr + o_n, mask=m_n, other=0.0)
         product = acc * x_descale[:, None] * y_descale[None, :]
@@ -181,7 +181,7 @@ def exhaust(
     return lowest, tl.min(tl.where(least == lowest, where, NOWHERE), 0)
 
 
-@triton.jit(do_not_specialize=["first_pair", "images", "patches", "segments", "y_patches", "channels", "row_tiles",
+@triton.jit(do_not_specialize=["first_pair", "images", "patches", "segments", "y_patches", "row_tiles",
                                "splits", "blocks", "bound_step", "rounding", "limit", "grid_width"])  # fmt: skip
 def settle_kernel(
     x_ptr, y_ptr, unit_ptr, x_half_norm_ptr, x_length_ptr, x_residual_ptr, y_half_norm_ptr, y_length_ptr,
@@ -256,6 +256,11 @@ def settle_kernel(
     tl.store(out_ptr + p_out, tl.where(usable, result, float("-inf") if DOT else float("inf")), mask=m_x)
     if INDICES:
         tl.store(out_where_ptr + p_out, tl.where(usable, where, -1), mask=m_x)
+
+
+def columns_of_tile(exact: bool, radius: bool) -> int:
+    """BLOCK_N: indices, second minima and grid positions of 128 columns would not fit the registers beside the tile."""
+    return 64 if exact or radius else 128
 
 
 @dataclass(frozen=True)
@@ -343,7 +348,7 @@ def _search(match: Match, x: Encoded, y: Encoded, scratch: tuple, first: int, co
         x.hi, x.lo, x.half_norm, x.descale, y.hi, y.lo, y.half_norm, y.descale, match.offsets, *scratch,
         first, images, patches, match.segments, row_tiles, splits, x.k_tiles, match.radius2, radius, match.grid_width,
         SPLIT=x.split, EXACT=match.exact, SYMMETRIC=match.symmetric, RADIUS=match.radius2 >= 0,
-        BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K[x.split], num_warps=NUM_WARPS, num_stages=NUM_STAGES,
+        BLOCK_M=BLOCK_M, BLOCK_N=columns_of_tile(match.exact, match.radius2 >= 0), BLOCK_K=BLOCK_K[x.split], num_warps=NUM_WARPS, num_stages=NUM_STAGES,
     )  # fmt: skip
 
 
@@ -363,3 +368,46 @@ def _settle(
         EXACT=match.exact, SYMMETRIC=match.symmetric, RADIUS=match.radius2 >= 0, DOT=match.dot,
         INDICES=out_where is not None, BLOCK_R=SETTLE_ROWS, BLOCK_C=SETTLE_C, BLOCK_Q=SETTLE_Q, num_warps=4,
     )  # fmt: skip
+
+
+def _static_search() -> list[StaticKernel]:
+    halves = {name: "*fp16" for name in ("x_hi_ptr", "x_lo_ptr", "y_hi_ptr", "y_lo_ptr")}
+    indices = {"offsets_ptr": "*i32", "where_ptr": "*i32"}
+    # symmetric exact float32; symmetric 11 bits; bank 11 bits with a radius; segmented float32 and half;
+    # symmetric exact float32 with a radius
+    modes = [(True, True, True, False), (False, False, True, False), (False, False, False, True),
+             (True, True, False, False), (False, True, False, False), (True, True, True, True)]  # fmt: skip
+    return [
+        StaticKernel(
+            search_kernel,
+            pointers={**halves, **indices},
+            constants={"SPLIT": split, "EXACT": exact, "SYMMETRIC": symmetric, "RADIUS": radius,
+                       "BLOCK_M": BLOCK_M, "BLOCK_N": columns_of_tile(exact, radius), "BLOCK_K": BLOCK_K[split]},
+            num_warps=NUM_WARPS,
+            num_stages=NUM_STAGES,
+            tensor_core=True,
+        )
+        for split, exact, symmetric, radius in modes
+    ]  # fmt: skip
+
+
+def _static_settle() -> list[StaticKernel]:
+    indices = {"offsets_ptr": "*i32", "where_ptr": "*i32", "out_where_ptr": "*i32"}
+    tile = {"BLOCK_R": SETTLE_ROWS, "BLOCK_C": SETTLE_C, "BLOCK_Q": SETTLE_Q, "x_stride_c": 1, "y_stride_c": 1}
+    modes = [
+        ("*fp32", True, True, True, False),
+        ("*bf16", True, False, False, True),
+        ("*bf16", False, True, False, False),
+    ]
+    return [
+        StaticKernel(
+            settle_kernel,
+            pointers={**indices, "x_ptr": dtype, "y_ptr": dtype},
+            scalars={"rounding": "fp32"},
+            constants={"EXACT": exact, "SYMMETRIC": symmetric, "RADIUS": radius, "DOT": dot, "INDICES": dot, **tile},
+        )
+        for dtype, exact, symmetric, radius, dot in modes
+    ]
+
+
+STATIC = [*_static_search(), *_static_settle()]

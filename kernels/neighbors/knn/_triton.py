@@ -24,7 +24,7 @@ from planmill.kernels.common.triton_checks import StaticKernel
 from planmill.kernels.common.triton_screen import BLOCK_K, Encoded, Frame, choose_frame, encode, tile_products
 from planmill.kernels.common.triton_search import direct_cost, processors
 
-BLOCK_M, BLOCK_N, NUM_WARPS, NUM_STAGES = 128, 128, 4, 3
+BLOCK_M, BLOCK_N, NUM_WARPS, NUM_STAGES = 128, 64, 8, 3
 BLOCK_Q, BLOCK_C = 32, 128  # candidates and channels that one program of evaluate_kernel holds
 SCAN = 1024  # keys that one step of exhaust_kernel holds
 DATABASE_BYTES, SLAB_BYTES, SCRATCH_BYTES = 32 << 20, 16 << 20, 8 << 20
@@ -36,12 +36,15 @@ INFINITE = tl.constexpr(0x7F800000)
 
 @triton.jit
 def rank_tile(
-    q_hi_ptr, q_lo_ptr, q_descale_ptr, x_hi_ptr, x_lo_ptr, x_half_norm_ptr, x_descale_ptr, o_m, m_m, o_n, m_n, k_tiles,
-    first_query, first_row, SPLIT: tl.constexpr, EXCLUDE: tl.constexpr,
+    q_hi_ptr, q_lo_ptr, q_descale_ptr, x_hi_ptr, x_lo_ptr, x_half_norm_ptr, x_descale_ptr, row_tile, queries, tile, rows,
+    k_tiles, first_query, first_row, SPLIT: tl.constexpr, EXCLUDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Ranks [queries, rows], smaller is nearer; inf where a row is masked, not finite or the query itself."""
-    acc = tile_products(q_hi_ptr, q_lo_ptr, x_hi_ptr, x_lo_ptr, o_m, m_m, o_n, m_n, k_tiles,
+    o_m = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_m, m_n = o_m < queries, o_n < rows
+    acc = tile_products(q_hi_ptr, q_lo_ptr, x_hi_ptr, x_lo_ptr, row_tile * BLOCK_M, m_m, tile * BLOCK_N, m_n, k_tiles,
                         SPLIT, BLOCK_M, BLOCK_N, BLOCK_K)  # fmt: skip
     q_descale = tl.load(q_descale_ptr + o_m, mask=m_m, other=0.0)
     x_descale = tl.load(x_descale_ptr + o_n, mask=m_n, other=0.0)
@@ -60,12 +63,12 @@ def group_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """table[query, group] = smallest rank of GROUP consecutive rows; `groups`: width of the table."""
-    o_m = tl.program_id(0) // splits * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_tile = tl.program_id(0) // splits
+    o_m = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     m_m = o_m < queries
     for tile in range(tl.program_id(0) % splits, (rows + BLOCK_N - 1) // BLOCK_N, splits):
-        o_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        rank = rank_tile(q_hi_ptr, q_lo_ptr, q_descale_ptr, x_hi_ptr, x_lo_ptr, x_half_norm_ptr, x_descale_ptr, o_m,
-                         m_m, o_n, o_n < rows, k_tiles, first_query, first_row,
+        rank = rank_tile(q_hi_ptr, q_lo_ptr, q_descale_ptr, x_hi_ptr, x_lo_ptr, x_half_norm_ptr, x_descale_ptr,
+                         row_tile, queries, tile, rows, k_tiles, first_query, first_row,
                          SPLIT, EXCLUDE, BLOCK_M, BLOCK_N, BLOCK_K)  # fmt: skip
         least = tl.min(tl.reshape(rank, (BLOCK_M, BLOCK_N // GROUP, GROUP)), 2)
         o_g = (first_row + tile * BLOCK_N) // GROUP + tl.arange(0, BLOCK_N // GROUP)
@@ -82,7 +85,8 @@ def filter_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Append to slot[query] the rows whose rank is within the bound and twice the error; count may pass `slots`."""
-    o_m = tl.program_id(0) // splits * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_tile = tl.program_id(0) // splits
+    o_m = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     m_m = o_m < queries
     bound = tl.load(bound_ptr + o_m, mask=m_m, other=float("-inf"))
     if EXACT:
@@ -93,9 +97,8 @@ def filter_kernel(
         error = (q_length + reach) * x_rest + q_rest * reach + rounding * q_length * x_length
         bound += 2.02 * (error + 1e-6 * x_length * x_length)
     for tile in range(tl.program_id(0) % splits, (rows + BLOCK_N - 1) // BLOCK_N, splits):
-        o_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        rank = rank_tile(q_hi_ptr, q_lo_ptr, q_descale_ptr, x_hi_ptr, x_lo_ptr, x_half_norm_ptr, x_descale_ptr, o_m,
-                         m_m, o_n, o_n < rows, k_tiles, first_query, first_row,
+        rank = rank_tile(q_hi_ptr, q_lo_ptr, q_descale_ptr, x_hi_ptr, x_lo_ptr, x_half_norm_ptr, x_descale_ptr,
+                         row_tile, queries, tile, rows, k_tiles, first_query, first_row,
                          SPLIT, EXCLUDE, BLOCK_M, BLOCK_N, BLOCK_K)  # fmt: skip
         kept = ((rank <= bound[:, None]) & (rank < float("inf"))).to(tl.int32)
         kept_of_row = tl.sum(kept, 1)
@@ -103,7 +106,8 @@ def filter_kernel(
             first = tl.atomic_add(count_ptr + o_m, kept_of_row, mask=kept_of_row > 0, sem="relaxed")
             position = first[:, None] + tl.cumsum(kept, 1) - 1
             p_slot = slot_ptr + o_m.to(tl.int64)[:, None] * slots + position
-            index = tl.zeros((BLOCK_M, BLOCK_N), tl.int32) + (first_row + o_n)[None, :]
+            o_n = first_row + tile * BLOCK_N + tl.arange(0, BLOCK_N)
+            index = tl.zeros((BLOCK_M, BLOCK_N), tl.int32) + o_n[None, :]
             tl.store(p_slot, index, mask=(kept > 0) & (position < slots))
 
 
@@ -142,7 +146,7 @@ def candidate_cost(
     return tl.maximum(1.0 - cosine, 0.0)
 
 
-@triton.jit(do_not_specialize=["first_query", "channels", "slots", "blocks"])
+@triton.jit(do_not_specialize=["first_query", "slots", "blocks"])
 def evaluate_kernel(
     q_ptr, x_ptr, unit_ptr, q_half_norm_ptr, count_ptr, slot_ptr, key_ptr, first_query, channels, slots, blocks,
     q_stride_n, q_stride_c, x_stride_n, x_stride_c,
@@ -181,7 +185,7 @@ def kth_bits(p_scratch, rows, k, SCAN: tl.constexpr):
     return high
 
 
-@triton.jit(do_not_specialize=["first_query", "queries", "rows", "channels", "slots", "k", "programs"])
+@triton.jit(do_not_specialize=["first_query", "queries", "rows", "slots", "k", "programs"])
 def exhaust_kernel(
     q_ptr, x_ptr, unit_ptr, q_half_norm_ptr, x_half_norm_ptr, count_ptr, scratch_ptr, key_ptr, first_query, queries, rows,
     channels, slots, k, programs, q_stride_n, q_stride_c, x_stride_n, x_stride_c,
@@ -242,7 +246,7 @@ def plan_search(queries: torch.Tensor, database: torch.Tensor, k: int, split: bo
     (n, channels), m = queries.shape, database.shape[0]
     group = 0
     if m > 4 * k and m > 256:
-        group = min(64, 1 << ((m // (4 * k)).bit_length() - 1))
+        group = min(32, 1 << ((m // (4 * k)).bit_length() - 1))
     groups = triton.cdiv(m, group) if group else 0
     slots = max(128, 2 * k) if group else max(m, k)
     encoded = triton.cdiv(max(channels, 1), BLOCK_K[split]) * BLOCK_K[split] * (4 if split else 2)
@@ -381,4 +385,37 @@ def _evaluate(
     return keys
 
 
-STATIC: list[StaticKernel] = []
+def _static_products() -> list[StaticKernel]:
+    halves = {name: "*fp16" for name in ("q_hi_ptr", "q_lo_ptr", "x_hi_ptr", "x_lo_ptr")}
+    made = []
+    for split, exclude, group in ((True, False, 32), (True, True, 1), (False, False, 8)):
+        tile = {"SPLIT": split, "EXCLUDE": exclude, "BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "BLOCK_K": BLOCK_K[split]}
+        for kernel, own in ((group_kernel, {"GROUP": group}), (filter_kernel, {"EXACT": split})):
+            made.append(
+                StaticKernel(
+                    kernel,
+                    pointers={**halves, **({"count_ptr": "*i32", "slot_ptr": "*i32"} if "EXACT" in own else {})},
+                    scalars={"rounding": "fp32"},
+                    constants={**tile, **own},
+                    num_warps=NUM_WARPS,
+                    num_stages=NUM_STAGES,
+                    tensor_core=True,
+                )
+            )
+    return made
+
+
+def _static_selection() -> list[StaticKernel]:
+    buffers = {"count_ptr": "*i32", "slot_ptr": "*i32", "key_ptr": "*i64", "scratch_ptr": "*i32"}
+    tile = {"BLOCK_Q": BLOCK_Q, "BLOCK_C": BLOCK_C, "q_stride_c": 1, "x_stride_c": 1}
+    made = []
+    for dtype, metric in (("*fp32", "l2"), ("*bf16", "dot"), ("*fp32", "cosine")):
+        pointers = {**buffers, "q_ptr": dtype, "x_ptr": dtype}
+        constants = {**tile, "METRIC": METRICS[metric]}
+        made.append(StaticKernel(evaluate_kernel, pointers=pointers, constants=constants))
+        constants = {**constants, "EXCLUDE": metric == "l2", "SCAN": SCAN}
+        made.append(StaticKernel(exhaust_kernel, pointers=pointers, constants=constants))
+    return made
+
+
+STATIC = [*_static_products(), *_static_selection()]

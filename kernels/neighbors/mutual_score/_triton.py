@@ -106,4 +106,6 @@ def launch(
     return score(features, features, low, high, radius, width, exact, symmetric=True)
 
 
-STATIC: list[StaticKernel] = []
+STATIC = [
+    StaticKernel(interval_kernel, constants={"BLOCK_R": INTERVAL_ELEMENTS // n, "BLOCK_N": n}) for n in (64, 2048)
+]

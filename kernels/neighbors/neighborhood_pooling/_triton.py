@@ -26,7 +26,7 @@ def merge(count, mean, spread, more_count, more_mean, more_spread):
     return total, mean + delta * share, spread + more_spread + delta * delta * count * share
 
 
-@triton.jit(do_not_specialize=["patches", "channels", "run"])
+@triton.jit(do_not_specialize=["patches", "run"])
 def statistics_kernel(
     x_ptr, partial_ptr, patches, channels, run, stride_i, stride_p, stride_c,
     CHUNKS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -71,7 +71,7 @@ def window_sum(p_image, shift, o_y, o_x, m_x, o_c, height, width, channels, stri
     return total
 
 
-@triton.jit(do_not_specialize=["height", "width", "channels", "size", "strips"])
+@triton.jit(do_not_specialize=["height", "width", "size", "strips"])
 def pool_kernel(
     x_ptr, partial_ptr, out_ptr, height, width, channels, size, strips, stride_i, stride_p, stride_c,
     CHUNKS: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_C: tl.constexpr, ONE_BLOCK: tl.constexpr,
@@ -152,4 +152,18 @@ def launch(features: torch.Tensor, height: int, width: int, size: int) -> torch.
     return out
 
 
-STATIC: list[StaticKernel] = []
+def _static() -> list[StaticKernel]:
+    made = []
+    for dtype, channels in (("*fp16", 1024), ("*fp32", 96), ("*bf16", 4096)):
+        block_x, block_c = pool_tile(channels)
+        tile = {"CHUNKS": CHUNKS, "stride_c": 1}
+        pointers = {"x_ptr": dtype, "out_ptr": dtype}
+        made += [
+            StaticKernel(statistics_kernel, pointers, constants={**tile, "BLOCK_P": STATS_P, "BLOCK_C": STATS_C}),
+            StaticKernel(pool_kernel, pointers, constants={**tile, "BLOCK_X": block_x, "BLOCK_C": block_c,
+                                                           "ONE_BLOCK": channels <= block_c}),
+        ]  # fmt: skip
+    return made
+
+
+STATIC = _static()
