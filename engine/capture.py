@@ -343,6 +343,10 @@ def _specs(
 
 
 def _custom_ops(program: ExportedProgram) -> list[str]:
+    return sorted({op._schema.name for op in custom_overloads(program)})
+
+
+def custom_overloads(program: ExportedProgram) -> set[torch._ops.OpOverload]:
     """Ops that torch itself does not bring, in the graph and in the graphs inside it."""
     found = set()
     for module in program.graph_module.modules():
@@ -353,5 +357,5 @@ def _custom_ops(program: ExportedProgram) -> list[str]:
                     "prim",
                     "prims",
                 ):
-                    found.add(node.target._schema.name)
-    return sorted(found)
+                    found.add(node.target)
+    return found

@@ -54,7 +54,7 @@ def verify(
         got = run([x.contiguous() for x in inputs])
         for spec, w, g in zip(captured.outputs, wanted, got, strict=True):
             _must_match(spec, w, g, sizes)
-            worst[spec.name] = _worse(worst.get(spec.name), compare(spec.name, g, w))
+            worst[spec.name] = _worse(worst.get(spec.name), compare(spec.name, g.detach(), w.detach()))
         progress((index + 1) / len(cases))
     receipt = Receipt(cases=cases, outputs=[worst[spec.name] for spec in captured.outputs], tolerance=tolerance)
     check_receipt(receipt)

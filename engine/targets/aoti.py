@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from planmill.engine.capture import Captured
+from planmill.engine.capture import Captured, custom_overloads
 from planmill.engine.errors import PlanError, first_line
 from planmill.engine.targets import Runner
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompiler, OperatorIssue
 
 _PAYLOAD = "aoti.pt2"
+# What a compiled plan can pass to a custom op; inside Optional and List too.
+_ARGUMENTS = {"Tensor", "int", "SymInt", "float", "bool", "str", "number", "Device"}
 
 
 def compile_program(captured: Captured, folder: Path) -> Path:
@@ -39,6 +41,7 @@ def compile_program(captured: Captured, folder: Path) -> Path:
         get_cpp_compiler()
     except InvalidCxxCompiler as error:
         raise PlanError("target aoti needs a C++ compiler: install g++, or name one in CXX") from error
+    _check_schemas(captured)
     path = folder / _PAYLOAD
     try:
         with torch.no_grad(), _stdout_to_stderr():
@@ -72,6 +75,20 @@ def _options(captured: Captured) -> dict[str, Any]:
         "layout_optimization": captured.layout == "channels_last",
         "cpp.dynamic_threads": True,
     }
+
+
+def _check_schemas(captured: Captured) -> None:
+    """A schema that AOTInductor would refuse late, or only when the plan is loaded, is refused here by name."""
+    for op in sorted(custom_overloads(captured.program), key=str):
+        parts = [(f"argument {a.name}", a.type, _ARGUMENTS) for a in op._schema.arguments]
+        parts += [("a result", result.type, {"Tensor"}) for result in op._schema.returns]
+        for what, kind, allowed in parts:
+            inner = str(kind).removeprefix("Optional[").removeprefix("List[").removeprefix("Optional[").rstrip("]")
+            if inner not in allowed:
+                raise PlanError(
+                    f"target aoti cannot lower op {op}: {what} is of type {kind}, and a plan passes "
+                    f"{', '.join(sorted(allowed))}: give the op a schema with these"
+                )
 
 
 def _operator(captured: Captured, error: BaseException) -> str:

@@ -13,6 +13,8 @@ from torch import nn
 LIBRARY = torch.library.Library("planmilltest", "FRAGMENT")
 LIBRARY.define("scale_and_shift(Tensor x, float scale, int shift, bool negate, str how) -> (Tensor, Tensor)")
 LIBRARY.define("shapeless(Tensor x) -> Tensor")
+LIBRARY.define("turned(Tensor x, complex by) -> Tensor")
+LIBRARY.define("counted(Tensor x) -> SymInt")
 
 
 def scale_and_shift(
@@ -29,6 +31,12 @@ LIBRARY.impl("shapeless", lambda x: x[x > 0], "CPU")
 @torch.library.register_fake("planmilltest::scale_and_shift", lib=LIBRARY)
 def _(x: torch.Tensor, scale: float, shift: int, negate: bool, how: str) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.int32)
+
+
+LIBRARY.impl("turned", lambda x, by: x * by.real, "CompositeExplicitAutograd")
+LIBRARY.impl("counted", lambda x: int((x > 0).sum()), "CompositeExplicitAutograd")
+torch.library.register_fake("planmilltest::turned", lambda x, by: torch.empty_like(x), lib=LIBRARY)
+torch.library.register_fake("planmilltest::counted", lambda x: torch.library.get_ctx().new_dynamic_size(), lib=LIBRARY)
 
 
 class Scored(nn.Module):
@@ -92,4 +100,30 @@ def test_foreign_op(tmp_path: Path) -> None:
 def test_op_that_cannot_be_captured_is_named(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=r"op planmilltest\.shapeless.*register_fake"):
         build(Shapeless().eval(), torch.randn(2, 5), tmp_path / "no.plan")
+    assert not list(tmp_path.iterdir())
+
+
+class Turned(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.planmilltest.turned(x, 2j)
+
+
+class Counted(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.ops.planmilltest.counted(x)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (Turned(), r"cannot lower op planmilltest\.turned\.default: argument by is of type complex"),
+        (
+            Counted(),
+            r"cannot lower op planmilltest\.counted\.default: a result is of type \w+, and a plan passes",
+        ),
+    ],
+)
+def test_op_that_cannot_be_lowered_is_named(tmp_path: Path, model: nn.Module, message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        build(model.eval(), torch.randn(2, 5), tmp_path / "no.plan")
     assert not list(tmp_path.iterdir())
