@@ -1,8 +1,8 @@
 """What a compiler says about a Triton kernel, without a GPU: registers, spills, shared memory, instructions.
 
-Each `_triton` module lists in STATIC its kernels with the choices that ship. `python -m planmill.kernels.common.triton_checks`
-compiles all of them for sm_80, sm_90 and sm_120 and prints one JSON line each; it must not run under TRITON_INTERPRET.
-ptxas, cuobjdump and nvdisasm come with the triton wheel.
+Each `_triton` module lists in STATIC its kernels with the choices that ship. Run as a module, this file compiles all of
+them for sm_80, sm_90 and sm_120 and prints one JSON line each; it must not run under TRITON_INTERPRET. ptxas, cuobjdump
+and nvdisasm come with the triton wheel.
 """
 
 import importlib

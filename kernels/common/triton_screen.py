@@ -53,7 +53,7 @@ def encode_kernel(
     SPLIT: tl.constexpr, NORMALIZE: tl.constexpr, NORMS: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Encode rows `first` to `first + rows` of x; half_norm is inf where the row is not finite, descale a power of 2."""
+    """Encode rows `first` to `first + rows` of x; half_norm is inf where a row is not finite, descale a power of 2."""
     o_out = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     m_rows = o_out < rows
     o_rows = first + o_out
@@ -215,8 +215,8 @@ def tile_products(
     stride = k_tiles * BLOCK_K
     o_x = tl.arange(0, BLOCK_M)[:, None] * stride + o_k[None, :]
     o_y = tl.arange(0, BLOCK_N)[None, :] * stride + o_k[:, None]
-    x_base = x_first.to(tl.int64) * stride
-    y_base = y_first.to(tl.int64) * stride
+    x_base = stride.to(tl.int64) * x_first
+    y_base = stride.to(tl.int64) * y_first
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for _ in range(k_tiles):
         x = tl.load(x_hi_ptr + x_base + o_x, mask=m_m[:, None], other=0.0)
@@ -230,6 +230,14 @@ def tile_products(
         x_base += BLOCK_K
         y_base += BLOCK_K
     return acc
+
+
+@triton.jit
+def proven_error(x_length, x_rest, y_length, y_rest, rounding):
+    """Bound on the error of a rank: what rounding dropped of either row, accumulation, the sum of squares of y."""
+    reach = y_length + y_rest
+    error = (x_length + reach) * y_rest + x_rest * reach + rounding * x_length * y_length
+    return error + 1e-6 * y_length * y_length
 
 
 _ENCODE = {"x_ptr": "*fp32", "hi_ptr": "*fp16", "lo_ptr": "*fp16"}

@@ -1,36 +1,20 @@
 """The nearest row of each segment, for every row of a set of images: tile products, then a proof or a second look.
 
-`search` walks tiles of products on the tensor cores and keeps, per row and tile run, the best rank, where it is and the
-second best. `settle` merges the runs, evaluates the winner directly in float32, and where the second best is closer than
-the proven error of the products, every row of the segment: the result is the one of float32 arithmetic. Products that
-nobody asks to be exact skip all of that but the merge.
+`search` walks tiles of products on the tensor cores and keeps, per row and tile run, the best rank, where it is and
+the second best. `settle` merges the runs, evaluates the winner directly in float32, and where the second best is closer
+than the proven error of the products, every row of the segment: the result is the one of float32 arithmetic. Products
+that nobody asks to be exact skip all of that but the merge.
 
 The rank of row y for row x is |y|^2 / 2 - x.y (distances) or -x.y (inner products): smaller is better. In a symmetric
-search (images against themselves) each unordered pair of images is visited once, and the minima of the columns come from
-the same tile; they go to a workspace per tile row, so that no atomic is needed and every run gives the same bits.
+search (images against themselves) each unordered pair of images is visited once, and the minima of the columns come
+from the same tile; they go to a workspace per tile row, so that no atomic is needed and every run gives the same bits.
 """
 
-from dataclasses import dataclass
-
-import torch
 import triton
 import triton.language as tl
-from planmill.kernels.common.triton_checks import StaticKernel
-from planmill.kernels.common.triton_screen import (
-    BLOCK_K,
-    Encoded,
-    Frame,
-    as_images,
-    choose_frame,
-    encode,
-    load_row_tile,
-    tile_products,
-)
+from planmill.kernels.common.triton_screen import load_row_tile, proven_error, tile_products
 
-BLOCK_M, NUM_WARPS, NUM_STAGES = 128, 8, 3
-SETTLE_ROWS, SETTLE_C, SETTLE_Q = 16, 128, 32
 NOWHERE = tl.constexpr(2147483647)
-WORKSPACE_BYTES = 32 << 20  # of the partial minima; pairs are visited in runs that fit
 
 
 @triton.jit
@@ -66,6 +50,18 @@ def best_two(rank, o_index, AXIS: tl.constexpr):
     return best, where, second
 
 
+@triton.jit
+def store_columns(best_ptr, where_ptr, second_ptr, o_slot, m_n, rank, o_m, EXACT: tl.constexpr):
+    """Best, where and second of the columns of a tile, each column's slot of this tile row."""
+    if EXACT:
+        best, where, second = best_two(rank, o_m, 0)
+        tl.store(where_ptr + o_slot, where, mask=m_n)
+        tl.store(second_ptr + o_slot, second, mask=m_n)
+        tl.store(best_ptr + o_slot, best, mask=m_n)
+    else:
+        tl.store(best_ptr + o_slot, tl.min(rank, 0), mask=m_n)
+
+
 @triton.jit(do_not_specialize=["first_pair", "images", "patches", "segments", "row_tiles", "splits", "k_tiles", "limit",
                                "band", "grid_width"])  # fmt: skip
 def search_kernel(
@@ -75,7 +71,7 @@ def search_kernel(
     SPLIT: tl.constexpr, EXACT: tl.constexpr, SYMMETRIC: tl.constexpr, RADIUS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One tile row of one pair: best, where and second of its rows (slot: split), and of its columns (slot: tile row)."""
+    """One tile row of one pair: best, where, second of its rows (slot: split) and of its columns (slot: tile row)."""
     program = tl.program_id(0)
     split = program % splits
     row_tile = (program // splits) % row_tiles
@@ -119,14 +115,7 @@ def search_kernel(
             best = tl.minimum(best, tl.min(rank, 1))
         if SYMMETRIC:
             o_slot = base + (splits + row_tile).to(tl.int64) * patches + (o_n - begin)
-            rank = x_half_norm[:, None] - product
-            if EXACT:
-                tile_best, tile_where, tile_second = best_two(rank, o_m, 0)
-                tl.store(where_ptr + o_slot, tile_where, mask=m_n)
-                tl.store(second_ptr + o_slot, tile_second, mask=m_n)
-                tl.store(best_ptr + o_slot, tile_best, mask=m_n)
-            else:
-                tl.store(best_ptr + o_slot, tl.min(rank, 0), mask=m_n)
+            store_columns(best_ptr, where_ptr, second_ptr, o_slot, m_n, x_half_norm[:, None] - product, o_m, EXACT)
     o_slot = base + split.to(tl.int64) * patches + o_patch
     tl.store(best_ptr + o_slot, best, mask=m_m)
     if EXACT:
@@ -181,6 +170,27 @@ def exhaust(
     return lowest, tl.min(tl.where(least == lowest, where, NOWHERE), 0)
 
 
+@triton.jit
+def merge_slots(
+    best_ptr, where_ptr, second_ptr, o_slot, m_x, low_slot, high_slot, patches,
+    EXACT: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Best, where and second of rows over their slots, which are in the order of the database: ties stay low."""
+    best = tl.full((BLOCK_R,), float("inf"), tl.float32)
+    second = tl.full((BLOCK_R,), float("inf"), tl.float32)
+    where = tl.full((BLOCK_R,), -1, tl.int32)
+    for slot in range(low_slot, high_slot):
+        p_slot = o_slot + tl.full((BLOCK_R,), 1, tl.int64) * slot * patches
+        slot_best = tl.load(best_ptr + p_slot, mask=m_x, other=float("inf"))
+        if EXACT:
+            slot_second = tl.load(second_ptr + p_slot, mask=m_x, other=float("inf"))
+            slot_where = tl.load(where_ptr + p_slot, mask=m_x, other=-1)
+            second = tl.minimum(tl.minimum(second, slot_second), tl.maximum(best, slot_best))
+            where = tl.where(slot_best < best, slot_where, where)
+        best = tl.minimum(best, slot_best)
+    return best, where, second
+
+
 @triton.jit(do_not_specialize=["first_pair", "images", "patches", "segments", "y_patches", "row_tiles",
                                "splits", "blocks", "bound_step", "rounding", "limit", "grid_width"])  # fmt: skip
 def settle_kernel(
@@ -208,18 +218,9 @@ def settle_kernel(
     o_patch = block * BLOCK_R + tl.arange(0, BLOCK_R)
     m_x = o_patch < patches
     o_x = i * patches + o_patch
-    best = tl.full((BLOCK_R,), float("inf"), tl.float32)
-    second = tl.full((BLOCK_R,), float("inf"), tl.float32)
-    where = tl.full((BLOCK_R,), -1, tl.int32)
-    for slot in range(low_slot, high_slot):
-        o_slot = (pair.to(tl.int64) * slots + slot) * patches + o_patch
-        slot_best = tl.load(best_ptr + o_slot, mask=m_x, other=float("inf"))
-        if EXACT:
-            slot_second = tl.load(second_ptr + o_slot, mask=m_x, other=float("inf"))
-            slot_where = tl.load(where_ptr + o_slot, mask=m_x, other=-1)
-            second = tl.minimum(tl.minimum(second, slot_second), tl.maximum(best, slot_best))
-            where = tl.where(slot_best < best, slot_where, where)
-        best = tl.minimum(best, slot_best)
+    o_slot = pair.to(tl.int64) * slots * patches + o_patch
+    best, where, second = merge_slots(best_ptr, where_ptr, second_ptr, o_slot, m_x, low_slot, high_slot, patches, EXACT,
+                                      BLOCK_R)  # fmt: skip
     unit = tl.load(unit_ptr)
     x_half_norm = tl.load(x_half_norm_ptr + o_x, mask=m_x, other=float("inf"))
     usable = (x_half_norm < float("inf")) & (best < float("inf"))
@@ -234,9 +235,7 @@ def settle_kernel(
         x_rest = tl.load(x_residual_ptr + o_x, mask=m_x, other=0.0)
         y_length = tl.load(y_length_ptr + j * bound_step)
         y_rest = tl.load(y_residual_ptr + j * bound_step)
-        reach = y_length + y_rest
-        error = (x_length + reach) * y_rest + x_rest * reach + rounding * x_length * y_length
-        error += 1e-6 * y_length * y_length  # the sum of squares in half_norm
+        error = proven_error(x_length, x_rest, y_length, y_rest, rounding)
         open_rows = m_y & (second - best <= 2.02 * error)
         remaining = open_rows.to(tl.int32)
         while tl.sum(remaining, 0) > 0:
@@ -258,156 +257,4 @@ def settle_kernel(
         tl.store(out_where_ptr + p_out, tl.where(usable, where, -1), mask=m_x)
 
 
-def columns_of_tile(exact: bool, radius: bool) -> int:
-    """BLOCK_N: indices, second minima and grid positions of 128 columns would not fit the registers beside the tile."""
-    return 64 if exact or radius else 128
-
-
-@dataclass(frozen=True)
-class Match:
-    """What `match_segments` searches: rows [N, P, C] against segments `offsets` [S + 1] of a database [M, Q, C].
-
-    Args:
-        exact: the result is that of float32 arithmetic; otherwise of products of rows rounded to 11 bits.
-        dot: largest inner product instead of smallest distance.
-        symmetric: the database is `rows` and segments are its images; an image is not matched with itself.
-        radius2: a row matches patches of the grid at most sqrt(radius2) away; -1: all.
-        grid_width: patches per line of the grid.
-    """
-
-    rows: torch.Tensor
-    database: torch.Tensor
-    offsets: torch.Tensor
-    exact: bool
-    dot: bool = False
-    symmetric: bool = False
-    radius2: int = -1
-    grid_width: int = 1
-
-    @property
-    def segments(self) -> int:
-        """Number of segments."""
-        return self.offsets.shape[0] - 1
-
-    @property
-    def pairs(self) -> int:
-        """Number of pairs of an image and a segment that are visited."""
-        images = self.rows.shape[0]
-        return images * (images - 1) // 2 if self.symmetric else images * self.segments
-
-
-def processors(x: torch.Tensor) -> int:
-    """Multiprocessors of the device of x; 4 where the interpreter stands in for one."""
-    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
-
-
-def bounds(y: Encoded, segments: int) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Largest length and residual of each segment where all are of one size, else of all rows; and the step between."""
-    rows = y.length.shape[0]
-    if segments and rows % segments == 0 and segments > 1 and rows:
-        return y.length.view(segments, -1).amax(1), y.residual.view(segments, -1).amax(1), 1
-    return y.length.amax(0, keepdim=True), y.residual.amax(0, keepdim=True), 0
-
-
-def match_segments(
-    match: Match, out: torch.Tensor, out_where: torch.Tensor | None, *, equal_segments: bool = True
-) -> None:
-    """Write distances (or inner products) [N * P, S] to `out`, rows of the database to `out_where`.
-
-    Segment j has no entry for image i = j of a symmetric search: `out` is not written there.
-    """
-    rows, database = as_images(match.rows), as_images(match.database)
-    frame = choose_frame(database, centred=not match.dot)
-    split = match.exact and rows.dtype == torch.float32
-    y = encode(database, frame, split=split, norms=not match.dot)
-    x = y if match.symmetric else encode(rows, frame, split=split, norms=not match.dot)
-    images, patches, _ = rows.shape
-    row_tiles = triton.cdiv(patches, BLOCK_M)
-    # Without a radius and with few programs, the columns are split too; a symmetric search has enough pairs.
-    splits = 1 if match.symmetric else min(32, max(1, 2 * processors(rows) // max(1, match.pairs * row_tiles)))
-    slots = splits + row_tiles * match.symmetric
-    run = max(1, WORKSPACE_BYTES // (slots * patches * (12 if match.exact else 4)))
-    run = min(run, match.pairs)
-    best = torch.empty(run * slots * patches, dtype=torch.float32, device=rows.device)
-    second = torch.empty_like(best) if match.exact else best
-    where = torch.empty(best.shape, dtype=torch.int32, device=rows.device) if match.exact else best
-    scratch = (best, where, second)
-    for first in range(0, match.pairs, run):
-        count = min(run, match.pairs - first)
-        if match.symmetric and match.radius2 >= 0:  # tiles out of the band are not visited
-            best.fill_(torch.inf)
-        _search(match, x, y, scratch, first, count, splits)
-        _settle(match, frame, x, y, scratch, first, count, splits, equal_segments, out, out_where)
-
-
-def _search(match: Match, x: Encoded, y: Encoded, scratch: tuple, first: int, count: int, splits: int) -> None:
-    images, patches, _ = match.rows.shape
-    row_tiles = triton.cdiv(patches, BLOCK_M)
-    radius = int(max(match.radius2, 0) ** 0.5) + 1
-    search_kernel[(count * row_tiles * splits,)](
-        x.hi, x.lo, x.half_norm, x.descale, y.hi, y.lo, y.half_norm, y.descale, match.offsets, *scratch,
-        first, images, patches, match.segments, row_tiles, splits, x.k_tiles, match.radius2, radius, match.grid_width,
-        SPLIT=x.split, EXACT=match.exact, SYMMETRIC=match.symmetric, RADIUS=match.radius2 >= 0,
-        BLOCK_M=BLOCK_M, BLOCK_N=columns_of_tile(match.exact, match.radius2 >= 0), BLOCK_K=BLOCK_K[x.split], num_warps=NUM_WARPS, num_stages=NUM_STAGES,
-    )  # fmt: skip
-
-
-def _settle(
-    match: Match, frame: Frame, x: Encoded, y: Encoded, scratch: tuple, first: int, count: int, splits: int,
-    equal_segments: bool, out: torch.Tensor, out_where: torch.Tensor | None,
-) -> None:  # fmt: skip
-    images, patches, channels = match.rows.shape
-    longest, roughest, step = bounds(y, match.segments if equal_segments else 0)
-    blocks = triton.cdiv(patches, SETTLE_ROWS)
-    settle_kernel[(count * blocks * (2 if match.symmetric else 1),)](
-        match.rows, match.database, frame.unit, x.half_norm, x.length, x.residual, y.half_norm, longest, roughest,
-        match.offsets, *scratch, out, out if out_where is None else out_where,
-        first, images, patches, match.segments, match.database.shape[1], channels, triton.cdiv(patches, BLOCK_M),
-        splits, blocks, step, y.rounding, match.radius2, match.grid_width,
-        *match.rows.stride(), *match.database.stride(),
-        EXACT=match.exact, SYMMETRIC=match.symmetric, RADIUS=match.radius2 >= 0, DOT=match.dot,
-        INDICES=out_where is not None, BLOCK_R=SETTLE_ROWS, BLOCK_C=SETTLE_C, BLOCK_Q=SETTLE_Q, num_warps=4,
-    )  # fmt: skip
-
-
-def _static_search() -> list[StaticKernel]:
-    halves = {name: "*fp16" for name in ("x_hi_ptr", "x_lo_ptr", "y_hi_ptr", "y_lo_ptr")}
-    indices = {"offsets_ptr": "*i32", "where_ptr": "*i32"}
-    # symmetric exact float32; symmetric 11 bits; bank 11 bits with a radius; segmented float32 and half;
-    # symmetric exact float32 with a radius
-    modes = [(True, True, True, False), (False, False, True, False), (False, False, False, True),
-             (True, True, False, False), (False, True, False, False), (True, True, True, True)]  # fmt: skip
-    return [
-        StaticKernel(
-            search_kernel,
-            pointers={**halves, **indices},
-            constants={"SPLIT": split, "EXACT": exact, "SYMMETRIC": symmetric, "RADIUS": radius,
-                       "BLOCK_M": BLOCK_M, "BLOCK_N": columns_of_tile(exact, radius), "BLOCK_K": BLOCK_K[split]},
-            num_warps=NUM_WARPS,
-            num_stages=NUM_STAGES,
-            tensor_core=True,
-        )
-        for split, exact, symmetric, radius in modes
-    ]  # fmt: skip
-
-
-def _static_settle() -> list[StaticKernel]:
-    indices = {"offsets_ptr": "*i32", "where_ptr": "*i32", "out_where_ptr": "*i32"}
-    tile = {"BLOCK_R": SETTLE_ROWS, "BLOCK_C": SETTLE_C, "BLOCK_Q": SETTLE_Q, "x_stride_c": 1, "y_stride_c": 1}
-    modes = [
-        ("*fp32", True, True, True, False),
-        ("*bf16", True, False, False, True),
-        ("*bf16", False, True, False, False),
-    ]
-    return [
-        StaticKernel(
-            settle_kernel,
-            pointers={**indices, "x_ptr": dtype, "y_ptr": dtype},
-            scalars={"rounding": "fp32"},
-            constants={"EXACT": exact, "SYMMETRIC": symmetric, "RADIUS": radius, "DOT": dot, "INDICES": dot, **tile},
-        )
-        for dtype, exact, symmetric, radius, dot in modes
-    ]
-
-
-STATIC = [*_static_search(), *_static_settle()]
+STATIC: list = []  # with the tiles that ship: triton_match.py

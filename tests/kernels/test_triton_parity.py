@@ -1,7 +1,7 @@
 """Every Triton launcher against the float64 reference, on the shared cases; new ops are found through the registry.
 
-Without a GPU the kernels run in Triton's interpreter, through the same launcher. With `--device cuda` the tests marked gpu
-run the same cases on the device, in every dtype, and twice, for equal bits.
+Without a GPU the kernels run in Triton's interpreter, through the same launcher. With `--device cuda` the tests marked
+gpu run the same cases on the device, in every dtype, and twice, for equal bits.
 """
 
 import sys
@@ -25,18 +25,18 @@ def interpreted_dtypes(case: Case, index: int) -> tuple[torch.dtype, ...]:
 
 
 def combinations() -> list[Any]:
-    made = []
-    for index, (spec, case) in enumerate(CASES):
-        for dtype in interpreted_dtypes(case, index):
-            made.append(pytest.param(spec, case, dtype, id=f"{spec.name}-{case.id}-{str(dtype)[6:]}"))
-    return made
+    return [
+        pytest.param(spec, case, dtype, id=f"{spec.name}-{case.id}-{str(dtype)[6:]}")
+        for index, (spec, case) in enumerate(CASES)
+        for dtype in interpreted_dtypes(case, index)
+    ]
 
 
 @pytest.fixture(scope="module")
 def interpreter(module_patch: pytest.MonkeyPatch) -> None:
     """Make the interpreter bearable: products through BLAS, the language patched once per launch, large row blocks.
 
-    Tiles of products keep their shipped size; blocks of rows grow, since the interpreter pays per operation, not per value.
+    Tiles of products keep their shipped size; blocks of rows grow: the interpreter pays per operation, not per value.
     """
     from triton.runtime import interpreter as triton_interpreter
 

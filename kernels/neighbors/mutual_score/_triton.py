@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from planmill.kernels.common.triton_checks import StaticKernel
-from planmill.kernels.common.triton_search import Match, match_segments
+from planmill.kernels.common.triton_match import Match, match_segments
 from planmill.kernels.neighbors.mutual_score.reference import interval
 
 INTERVAL_ELEMENTS = 2048  # values of the table that one program of interval_kernel holds at a time

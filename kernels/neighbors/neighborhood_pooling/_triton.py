@@ -1,6 +1,6 @@
 """Neighbourhood pooling on the GPU: one read for the statistics of each image, one for windows and row lengths.
 
-Statistics are float32 about a pivot (the image's first entry) and merged tile by tile (Chan), so that a large mean loses
+Statistics are float32 about a pivot (the image's first entry) and merged tile by tile (Chan): a large mean loses
 nothing and a constant image has variance exactly 0. Partial results go through a small workspace in a fixed order: no
 atomics, every run gives the same bits. A window is read size^2 times, from L1 but for the first time in each row.
 """

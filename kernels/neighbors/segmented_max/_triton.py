@@ -2,7 +2,7 @@
 
 import torch
 from planmill.kernels.common.triton_checks import StaticKernel
-from planmill.kernels.common.triton_search import Match, match_segments
+from planmill.kernels.common.triton_match import Match, match_segments
 
 
 def launch(queries: torch.Tensor, database: torch.Tensor, offsets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
