@@ -32,11 +32,13 @@ def _root(
 
 def _register() -> None:
     """Each command module stays light: it imports torch and the rest inside its function."""
-    from planmill.cli import build, doctor, info, ops, run
+    from planmill.cli import bench, build, doctor, info, inspect, ops, run
 
     app.command("build")(build.build)
     app.command("run")(run.run)
     app.command("info")(info.info)
+    app.command("inspect")(inspect.inspect)
+    app.command("bench")(bench.bench)
     app.command("doctor")(doctor.doctor)
     app.command("ops")(ops.ops)
 

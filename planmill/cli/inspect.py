@@ -1,0 +1,143 @@
+"""`planmill inspect`: anomalies in a folder of pictures, without training."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from planmill.errors import PlanmillError
+
+if TYPE_CHECKING:
+    from planmill.inspection import Inspection
+
+STAGES = {
+    "load": "Loading the backbone",
+    "read": "Reading the pictures",
+    "plan": "Preparing the plan",
+    "backbone": "Running the plan",
+    "score": "Scoring",
+    "write": "Writing",
+}
+LISTED = 10
+
+
+def inspect(
+    images: Annotated[Path, typer.Argument(help="Folder of pictures, searched recursively; never written to.")],
+    out: Annotated[Path, typer.Option(help="Folder for scores.csv, scores.json, report.html and heatmaps/.")],
+    backbone: Annotated[str, typer.Option(help="digits, a timm or transformers ViT by name, or FILE.py:FACTORY.")],
+    weights: Annotated[Path | None, typer.Option(help="Local file of weights; default: the user's cache.")] = None,
+    layers: Annotated[
+        str | None, typer.Option(help="Zero-based blocks, e.g. 2,5,8,11; default: the ends of the four quarters.")
+    ] = None,
+    size: Annotated[
+        int | None, typer.Option(min=1, help="Side of the input in pixels; default: 518 in whole patches.")
+    ] = None,
+    radius: Annotated[
+        float | None, typer.Option(min=0, help="Match only patches at most this far away, in patches; default: all.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, max=1024, help="Pictures per call of the plan.")] = 8,
+    precision: Annotated[str, typer.Option(help="fp32 (exact scores) or bf16.")] = "fp32",
+    plans: Annotated[
+        Path | None, typer.Option(help="Folder that keeps plans for the next run; default: the user's cache.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+) -> None:
+    """Score the pictures of a folder against each other and write heat maps and a report. Nothing is trained."""
+    from planmill.inspection import Settings, inspect_pictures
+
+    if precision not in ("fp32", "bf16"):
+        raise PlanmillError(f"--precision {precision}: must be fp32 or bf16")
+    settings = Settings(
+        images=images,
+        out=out,
+        backbone=backbone,
+        weights=weights,
+        layers=_parse_layers(layers),
+        size=size,
+        radius=radius,
+        batch=batch,
+        precision="bf16" if precision == "bf16" else "fp32",
+        plans=plans,
+    )
+    with StageProgress(Console(stderr=True)) as progress:
+        result = inspect_pictures(settings, progress.update)
+    if as_json:
+        from planmill.inspection.outputs import summarize
+
+        print(json.dumps(summarize(result), indent=2))
+        return
+    print_summary(Console(highlight=False), result)
+
+
+class StageProgress:
+    """A bar per stage, on standard error."""
+
+    def __init__(self, console: Console) -> None:
+        self._bars = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=console,
+        )
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> "StageProgress":
+        self._bars.start()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._bars.stop()
+
+    def update(self, stage: str, done: int, total: int) -> None:
+        """Show that `done` of `total` is done; total 0: not known yet."""
+        if stage not in self._tasks:
+            self._tasks[stage] = self._bars.add_task(STAGES.get(stage, stage), total=total or None)
+        self._bars.update(self._tasks[stage], completed=done, total=total or None)
+
+
+def print_summary(console: Console, result: "Inspection") -> None:
+    """The highest scores, what was skipped, how the plan was used, and where everything stands."""
+    from planmill.inspection.outputs import shown_path
+
+    table = Table("rank", "file", "score", "map maximum", box=None, pad_edge=False)
+    for rank, picture in enumerate(result.pictures[:LISTED], 1):
+        table.add_row(str(rank), escape(_printable(picture.file)), f"{picture.score:.3f}", f"{picture.raw_score:.3f}")
+    console.print(table)
+    if len(result.pictures) > LISTED:
+        console.print(f"[dim]and {len(result.pictures) - LISTED} more with lower scores[/]")
+    for entry in result.skipped:
+        console.print(f"[yellow]skipped[/] {escape(_printable(entry.file))}: {escape(entry.reason)}", soft_wrap=True)
+    plan, out = result.plan, shown_path(result.settings.out)
+    how = f"built in {plan.build_time_s:.1f} s ({plan.why})" if plan.origin == "built" else "reused, checked again"
+    console.print(
+        f"plan: {escape(how)}, largest difference from the model {plan.max_abs:.2g}: {escape(shown_path(plan.path))}",
+        soft_wrap=True,
+    )
+    console.print(
+        f"{len(result.pictures)} pictures scored, {len(result.skipped)} skipped, {result.ignored} other files ignored, "
+        f"{sum(result.stage_times_s.values()):.1f} s",
+        soft_wrap=True,
+    )
+    for name in ("report.html", "scores.csv", "scores.json", "heatmaps"):
+        console.print(f"wrote {escape(f'{out}/{name}')}", soft_wrap=True)
+
+
+def _parse_layers(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() for part in parts):
+        raise PlanmillError(f"--layers {text}: give zero-based block numbers with commas between, e.g. 2,5,8,11")
+    return tuple(int(part) for part in parts)
+
+
+def _printable(name: str) -> str:
+    """Control characters of a file name as escapes: a name must not steer the terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)

@@ -1,0 +1,200 @@
+"""From a folder of pictures to scores, heat maps and a report: the steps of `planmill inspect`, in order."""
+
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from planmill.engine import Session
+from planmill.errors import PlanmillError
+from planmill.inspection.backbones import Backbone, resolve_backbone
+from planmill.inspection.features import extract_features, finite_pictures
+from planmill.inspection.outputs import (
+    check_folders,
+    earlier_heatmaps,
+    heatmap_name,
+    scores_csv,
+    scores_json,
+    summarize,
+    write_file,
+)
+from planmill.inspection.pictures import Picture, find_pictures, read_pictures
+from planmill.inspection.plans import open_plan, plan_batch
+from planmill.inspection.rendering import heatmap_png
+from planmill.inspection.report import render_report
+from planmill.inspection.results import (
+    Inspection,
+    PlanUse,
+    Progress,
+    ScoredPicture,
+    Settings,
+    SkippedPicture,
+    default_plan_folder,
+)
+from planmill.inspection.scoring import score_patches, score_pictures
+
+
+class Stopwatch:
+    """Seconds per stage, in the order in which the stages first began."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def time(self, stage: str) -> Iterator[None]:
+        """Add the time spent inside to `stage`."""
+        started = time.perf_counter()
+        yield
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
+
+
+def inspect_pictures(settings: Settings, progress: Progress = lambda stage, done, total: None) -> Inspection:
+    """Score the pictures of a folder against each other and write what was found to `settings.out`.
+
+    Backbone plan -> neighbourhood pooling (r = 1, 3, 5) of several layers -> mutual scores -> mean over layers and
+    widths -> maps -> maximum -> re-scoring by similar pictures. Nothing is trained and nothing has a label.
+
+    Args:
+        settings: what to inspect, and how.
+        progress: `progress(stage, done, total)` for the stages load, read, plan, backbone, score, write.
+
+    Returns:
+        The pictures with their scores, what was skipped, times and settings. In `settings.out` stand scores.csv,
+        scores.json, report.html and heatmaps/. Files of these names are replaced, heat maps of an earlier run that are
+        not written again are removed, and other files are left alone.
+
+    Raises:
+        PlanmillError: no pictures, fewer than two that can be read, an unknown backbone, weights that cannot be had, a
+            backbone that cannot become a plan, an output folder inside the pictures or not writable.
+
+    Source: MuSc (Li et al., ICLR 2024).
+    """
+    watch = Stopwatch()
+    paths, ignored = find_pictures(settings.images)
+    if not paths:
+        others = f"; it holds {ignored} other files" if ignored else ""
+        raise PlanmillError(f"{settings.images}: no pictures in this folder{others}")
+    with watch.time("load"):
+        progress("load", 0, 0)
+        backbone = resolve_backbone(settings.backbone, settings.weights, settings.layers, settings.size)
+        progress("load", 1, 1)
+    check_folders(settings.images, settings.out)
+    with watch.time("read"):
+        pictures, skipped = read_pictures(paths, settings.images, backbone.image_size, len(backbone.mean), progress)
+    _need_two(pictures, skipped, settings)
+    with watch.time("plan"):
+        session, plan = _open_plan(settings, backbone, pictures, progress)
+    with session:
+        scored = _score(settings, backbone, session, pictures, skipped, watch, progress)
+    scale = (min(float(p.scores.min()) for p in scored), max(float(p.scores.max()) for p in scored))
+    inspection = Inspection(settings, _described(backbone), plan, scored, skipped, ignored, watch.seconds, scale)
+    _write(inspection, watch, progress)
+    return inspection
+
+
+def _need_two(pictures: list[Picture], skipped: list[SkippedPicture], settings: Settings) -> None:
+    if len(pictures) >= 2:
+        return
+    reasons = "; ".join(f"{entry.file}: {entry.reason}" for entry in skipped[:3])
+    more = f" ({reasons}{f'; and {len(skipped) - 3} more' if len(skipped) > 3 else ''})" if reasons else ""
+    count = "only 1 picture" if pictures else "no picture"
+    raise PlanmillError(
+        f"{settings.images}: {count} can be used, and scoring pictures against each other needs at least 2{more}"
+    )
+
+
+def _open_plan(
+    settings: Settings, backbone: Backbone, pictures: list[Picture], progress: Progress
+) -> tuple[Session, PlanUse]:
+    first = torch.stack([torch.from_numpy(p.pixels) for p in pictures[: plan_batch(settings.batch)]])
+    progress("plan", 0, 100)
+    opened = open_plan(
+        backbone,
+        settings.plans or default_plan_folder(),
+        settings.precision,
+        settings.batch,
+        backbone.normalize(first),
+        progress,
+    )
+    progress("plan", 100, 100)
+    return opened
+
+
+@torch.no_grad()
+def _score(
+    settings: Settings,
+    backbone: Backbone,
+    session: Session,
+    pictures: list[Picture],
+    skipped: list[SkippedPicture],
+    watch: Stopwatch,
+    progress: Progress,
+) -> list[ScoredPicture]:
+    """Run the plan, score patches and pictures; most anomalous first. A picture without finite features is skipped."""
+    with tempfile.TemporaryDirectory(prefix=".features-", dir=settings.out) as scratch:
+        with watch.time("backbone"):
+            features, descriptors = extract_features(
+                session, backbone, pictures, settings.batch, Path(scratch), progress
+            )
+            finite = finite_pictures(features, descriptors)
+        if not finite.all():
+            lost = [picture for picture, fine in zip(pictures, finite, strict=True) if not fine]
+            skipped += [SkippedPicture(p.file, "the backbone gives NaN or infinity for it") for p in lost]
+            pictures = [picture for picture, fine in zip(pictures, finite, strict=True) if fine]
+            _need_two(pictures, skipped, settings)
+            features, descriptors = [layer[finite] for layer in features], descriptors[finite]
+        with watch.time("score"):
+            dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
+            patches = score_patches(features, backbone.grid, settings.degrees, settings.radius, dtype, progress)
+            maps = patches.view(len(pictures), *backbone.grid)
+            raw, scores = score_pictures(maps, descriptors, backbone.image_size, settings.neighbors)
+    found = [
+        ScoredPicture(
+            file=picture.file,
+            score=float(score),
+            raw_score=float(highest),
+            size=picture.size,
+            note=picture.note,
+            heatmap=heatmap_name(picture.file),
+            scores=one.float().numpy(),
+            thumbnail=picture.thumbnail,
+        )
+        for picture, score, highest, one in zip(pictures, scores, raw, maps, strict=True)
+    ]
+    return sorted(found, key=lambda picture: (-picture.score, -picture.raw_score, picture.file))
+
+
+def _described(backbone: Backbone) -> dict[str, Any]:
+    return {
+        "name": backbone.name,
+        "source": backbone.source,
+        "weights": backbone.weights,
+        "layers": list(backbone.layers) if backbone.layers is not None else None,
+        "image_size": list(backbone.image_size),
+        "grid": list(backbone.grid),
+        "mean": list(backbone.mean),
+        "std": list(backbone.std),
+    }
+
+
+def _write(inspection: Inspection, watch: Stopwatch, progress: Progress) -> None:
+    """Heat maps, then the tables and the report; scores.json is last, and names what was written."""
+    out, pictures = inspection.settings.out, inspection.pictures
+    stale = earlier_heatmaps(out)
+    with watch.time("write"):
+        for index, picture in enumerate(pictures):
+            progress("write", index, len(pictures))
+            target = out / picture.heatmap
+            stale.discard(target)
+            write_file(target, heatmap_png(picture.scores, picture.size, inspection.scale))
+        for path in stale:
+            path.unlink(missing_ok=True)
+    summary = summarize(inspection)
+    write_file(out / "scores.csv", scores_csv(summary))
+    write_file(out / "report.html", render_report(inspection))
+    write_file(out / "scores.json", scores_json(summary))
+    progress("write", len(pictures), len(pictures))
