@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 import triton
-from planmill.kernels.common.triton_checks import StaticKernel
+from planmill.kernels.common.triton_checks import PRODUCT_TARGETS, StaticKernel
 from planmill.kernels.common.triton_screen import BLOCK_K, Encoded, Frame, as_images, choose_frame, encode
 from planmill.kernels.common.triton_search import search_kernel, settle_kernel
 
@@ -142,6 +142,7 @@ def _static_search() -> list[StaticKernel]:
             num_warps=NUM_WARPS,
             num_stages=NUM_STAGES,
             tensor_core=True,
+            targets=PRODUCT_TARGETS,
         )
         for split, exact, symmetric, radius in modes
     ]  # fmt: skip

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import torch
 import triton
-from planmill.kernels.common.triton_checks import StaticKernel
+from planmill.kernels.common.triton_checks import PRODUCT_TARGETS, StaticKernel
 from planmill.kernels.common.triton_match import processors
 from planmill.kernels.common.triton_screen import BLOCK_K, Encoded, Frame, choose_frame, encode
 from planmill.kernels.neighbors.knn._triton_kernels import (
@@ -210,6 +210,7 @@ def _static_products() -> list[StaticKernel]:
                     num_warps=NUM_WARPS,
                     num_stages=NUM_STAGES,
                     tensor_core=True,
+                    targets=PRODUCT_TARGETS,
                 )
             )
     return made
