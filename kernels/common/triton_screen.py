@@ -192,14 +192,14 @@ def encode(
     width = k_tiles * BLOCK_K[split]
     hi = torch.empty(rows, width, dtype=torch.float16, device=x.device)
     lo = torch.empty_like(hi) if split else hi
-    stats = [torch.empty(rows, dtype=torch.float32, device=x.device) for _ in range(4)]
+    half_norm, descale, length, residual = (torch.empty(rows, dtype=torch.float32, device=x.device) for _ in range(4))
     if rows:
         encode_kernel[(triton.cdiv(rows, BLOCK_R),)](
-            images, frame.centre, frame.unit, hi, lo, *stats, first, rows, patches, channels, k_tiles,
-            *images.stride(), SPLIT=split, NORMALIZE=normalize, NORMS=norms, BLOCK_K=BLOCK_K[split],
+            images, frame.centre, frame.unit, hi, lo, half_norm, descale, length, residual, first, rows, patches,
+            channels, k_tiles, *images.stride(), SPLIT=split, NORMALIZE=normalize, NORMS=norms, BLOCK_K=BLOCK_K[split],
             BLOCK_R=BLOCK_R, BLOCK_C=BLOCK_C, num_warps=4,
         )  # fmt: skip
-    return Encoded(hi, lo, *stats, split=split)
+    return Encoded(hi, lo, half_norm, descale, length, residual, split)
 
 
 @triton.jit

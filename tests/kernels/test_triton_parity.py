@@ -138,6 +138,28 @@ def test_interpreted(spec: OpSpec, case: Case, dtype: torch.dtype) -> None:
     compare(spec, dtype, args, got, as_tuple(spec.reference(*args)), interpreted=True)
 
 
+def crowded(metric: str) -> tuple:
+    """Three distinct rows, 700 of them: far more ties than a query has slots for candidates."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(3, 20, generator=generator)[torch.randint(0, 3, (700,), generator=generator)]
+    return rows[:9], rows, 5, metric, False, True
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="the kernels were compiled for the device: run with --device cuda"
+)
+@pytest.mark.usefixtures("interpreter", "poisoned")
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("metric", ["l2", "cosine", "dot"])
+def test_more_ties_than_slots(metric: str) -> None:
+    spec, args = kernels.ops()["knn"], crowded(metric)
+    distances, indices = spec.load(str(spec.cuda))(*args)
+    want, lowest = spec.reference(*args)
+    torch.testing.assert_close(distances, want, atol=1e-5, rtol=1e-5)
+    if metric == "l2":  # equal rows are exactly equal: the lowest indices, in order
+        torch.testing.assert_close(indices, lowest)
+
+
 @pytest.mark.gpu
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize(

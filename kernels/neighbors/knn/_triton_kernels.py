@@ -145,18 +145,19 @@ def evaluate_kernel(
 @triton.jit
 def kth_bits(p_scratch, rows, k, SCAN: tl.constexpr):
     """Smallest v such that at least k keys are <= v, or the largest finite key; by bisection of 32 bits."""
-    low, high = -2147483648, INFINITE - 1
+    zero = rows.to(tl.int64) * 0
+    low, high = zero - 2147483648, zero + INFINITE - 1
     for _ in range(32):
-        middle = (low.to(tl.int64) + high.to(tl.int64)) >> 1
+        middle = (low + high) >> 1
         below = 0
         for start in range(0, rows, SCAN):
             o_x = start + tl.arange(0, SCAN)
             bits = tl.load(p_scratch + o_x, mask=o_x < rows, other=INFINITE)
             below += tl.sum((bits.to(tl.int64) <= middle).to(tl.int32), 0)
         enough = below >= k
-        high = tl.where(enough, middle, high).to(tl.int32)
-        low = tl.where(enough, low, tl.minimum(middle + 1, high)).to(tl.int32)
-    return high
+        high = tl.where(enough, middle, high)
+        low = tl.where(enough, low, tl.minimum(middle + 1, high))
+    return high.to(tl.int32)
 
 
 @triton.jit(do_not_specialize=["first_query", "queries", "rows", "slots", "k", "programs"])
@@ -192,12 +193,12 @@ def exhaust_kernel(
                 bits = tl.load(p_scratch + o_x, mask=o_x < rows, other=INFINITE)
                 tied = (bits == last).to(tl.int32)
                 kept = ((bits < last) | ((tied > 0) & (ties + tl.cumsum(tied, 0) <= k - below))).to(tl.int32)
-                p_key = key_ptr + local.to(tl.int64) * slots + written + tl.cumsum(kept, 0) - 1
+                p_key = key_ptr + slots.to(tl.int64) * local + written + tl.cumsum(kept, 0) - 1
                 tl.store(p_key, (bits.to(tl.int64) << 32) | o_x.to(tl.int64), mask=kept > 0)
                 ties += tl.sum(tied, 0)
                 written += tl.sum(kept, 0)
             for start in range(0, slots, SCAN):
                 o_slot = start + tl.arange(0, SCAN)
                 empty = (o_slot >= written) & (o_slot < slots)
-                tl.store(key_ptr + local.to(tl.int64) * slots + o_slot, NOTHING, mask=empty)
+                tl.store(key_ptr + slots.to(tl.int64) * local + o_slot, NOTHING, mask=empty)
             tl.debug_barrier()
