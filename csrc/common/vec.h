@@ -105,6 +105,10 @@ struct VecGeneric {
     for (int i = 0; i < W; ++i) r.v[i] = static_cast<int32_t>(__builtin_rintf(a.v[i]));
     return r;
   }
+  // 2 * kWidth 16-bit numbers
+  static void store_int16(int16_t* p, I a, I b) {
+    for (int i = 0; i < W; ++i) p[i] = static_cast<int16_t>(a.v[i]), p[W + i] = static_cast<int16_t>(b.v[i]);
+  }
   static float sum(F a) {
     for (int w = W / 2; w > 0; w /= 2)
       for (int i = 0; i < w; ++i) a.v[i] += a.v[i + w];
@@ -139,6 +143,7 @@ struct VecSse2 {  // what every x86-64 processor has
   static I dot_pairs(I acc, I a, I b) { return _mm_add_epi32(acc, _mm_madd_epi16(a, b)); }
   static F to_float(I a) { return _mm_cvtepi32_ps(a); }
   static I round_to_int(F a) { return _mm_cvtps_epi32(a); }
+  static void store_int16(int16_t* p, I a, I b) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packs_epi32(a, b)); }
   static float sum(F a) {
     a = _mm_add_ps(a, _mm_movehl_ps(a, a));
     return _mm_cvtss_f32(_mm_add_ss(a, _mm_shuffle_ps(a, a, 1)));
@@ -179,6 +184,10 @@ struct VecAvx2 {
   }
   static F to_float(I a) { return _mm256_cvtepi32_ps(a); }
   static I round_to_int(F a) { return _mm256_cvtps_epi32(a); }
+  static void store_int16(int16_t* p, I a, I b) {
+    const I packed = _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), 0xd8);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), packed);
+  }
   static float sum(F a) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
@@ -218,6 +227,10 @@ struct VecAvx512 {
   }
   static F to_float(I a) { return _mm512_cvtepi32_ps(a); }
   static I round_to_int(F a) { return _mm512_cvtps_epi32(a); }
+  static void store_int16(int16_t* p, I a, I b) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtsepi32_epi16(a));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + kWidth), _mm512_cvtsepi32_epi16(b));
+  }
   static float sum(F a) { return _mm512_reduce_add_ps(a); }
   static float max_lane(F a) { return _mm512_reduce_max_ps(a); }
 };

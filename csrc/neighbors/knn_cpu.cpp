@@ -62,10 +62,10 @@ void Query::evaluate(const float* x, const int32_t* index, int64_t count, Neighb
       if (metric == Metric::kL2) {
         value = squared ? squared_distance(value, x, rows[j], d) : distance_from_square(value, x, rows[j], d);
       } else if (metric == Metric::kDot) {
-        value = -value;
+        value = -static_cast<float>(product_in_range(value, x, rows[j], d));
       } else {
         const double both = own * length_of_row(rows[j], d);
-        value = static_cast<float>(1.0 - (both > 0.0 ? value / both : 0.0));
+        value = static_cast<float>(1.0 - (both > 0.0 ? product_in_range(value, x, rows[j], d) / both : 0.0));
       }
       out[first + j] = {value, index[first + j]};
     }
@@ -118,7 +118,11 @@ void scan_database(const Query& q, float* values, int32_t* indices) {
   std::vector<Nearest> nearest(static_cast<size_t>(n * parts), Nearest(q.k));
   std::vector<float> own(static_cast<size_t>(n * d));
   std::vector<const float*> x(static_cast<size_t>(n));
-  for (int64_t i = 0; i < n; ++i) x[i] = q.queries.get(i, own.data() + i * d);
+  std::vector<char> usable(static_cast<size_t>(n));
+  for (int64_t i = 0; i < n; ++i) {
+    x[i] = q.queries.get(i, own.data() + i * d);
+    usable[i] = finite_row(x[i], d);
+  }
   at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
     Workspace w;
     std::vector<float> scratch(static_cast<size_t>(d));
@@ -127,15 +131,21 @@ void scan_database(const Query& q, float* values, int32_t* indices) {
       Neighbor found[4];
       const int64_t stop = std::min((part + 1) * size, m);
       for (int64_t row = part * size; row < stop;) {
-        int64_t count = 0;
-        for (; row < stop && count < 4; ++row)
-          if (finite_row(q.database.get(row, scratch.data()), d)) index[count++] = static_cast<int32_t>(row);
+        const int64_t count = std::min<int64_t>(4, stop - row);
+        for (int64_t j = 0; j < count; ++j) index[j] = static_cast<int32_t>(row + j);
         for (int64_t i = 0; i < n; ++i) {
-          if (!finite_row(x[i], d)) continue;
+          if (!usable[i]) continue;
           q.evaluate(x[i], index, count, found, w);
-          for (int64_t j = 0; j < count; ++j)
-            if (!(q.exclude_self && index[j] == i)) nearest[i * parts + part].add(found[j]);
+          for (int64_t j = 0; j < count; ++j) {
+            if (q.exclude_self && index[j] == i) continue;
+            // only rows that hold NaN or infinity, or an overflow, give such a value
+            if (!(std::fabs(found[j].distance) < kInfinity) &&
+                !finite_row(q.database.get(index[j], scratch.data()), d))
+              continue;
+            nearest[i * parts + part].add(found[j]);
+          }
         }
+        row += count;
       }
     }
   });

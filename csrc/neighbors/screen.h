@@ -33,10 +33,13 @@ struct ScreenKernels {
   bool integer;          // products arrive as int32, else as float
   int64_t left_rows;     // rows of a left block that keep the caches busy but not full
 
+  // out = x * scale - centre (null: no centre); returns the largest |x|, infinity where x holds NaN or infinity.
+  float (*prepare)(const float* x, int64_t d, float scale, const float* centre, float* out);
   // 16-bit form of x [d]; `rounded` asks for the length of the rounded row in `half`.
   void (*quantize)(const float* x, int64_t d, int64_t pairs, bool rounded, uint32_t* out, RowStats* stats);
-  void (*put_left)(const uint32_t* row, int64_t pairs, int lane, uint32_t* panel);
-  void (*put_right)(const uint32_t* row, int64_t pairs, int lane, uint32_t* panel);
+  // A panel from its rows [left_panel or right_panel][pairs].
+  void (*put_left)(const uint32_t* rows, int64_t pairs, uint32_t* panel);
+  void (*put_right)(const uint32_t* rows, int64_t pairs, uint32_t* panel);
 
   // out[left][right] (raw, row stride ld) = left . right
   void (*multiply)(const uint32_t* left, const uint32_t* right, int64_t left_panels, int64_t right_panels, int64_t pairs,

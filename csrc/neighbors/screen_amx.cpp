@@ -22,15 +22,19 @@ constexpr int64_t kTileWords = kTile * kTile;     // 1 KiB
 constexpr int64_t kBlocksPerPass = 16;            // 16 pairs each: a right panel of this depth is 32 KiB
 
 // Left panel: [block of 16 pairs][tile of 16 rows][row][pair]
-void put_left(const uint32_t* row, int64_t pairs, int lane, uint32_t* panel) {
-  for (int64_t p = 0; p < pairs; ++p)
-    panel[((p / kTile * 2 + lane / kTile) * kTile + lane % kTile) * kTile + p % kTile] = row[p];
+void put_left(const uint32_t* rows, int64_t pairs, uint32_t* panel) {
+  for (int64_t block = 0; block < pairs / kTile; ++block)
+    for (int lane = 0; lane < kPanel; ++lane, panel += kTile)
+      __builtin_memcpy(panel, rows + lane * pairs + block * kTile, kTile * sizeof(uint32_t));
 }
 
 // Right panel: [block of 16 pairs][tile of 16 columns][pair][column]
-void put_right(const uint32_t* row, int64_t pairs, int lane, uint32_t* panel) {
-  for (int64_t p = 0; p < pairs; ++p)
-    panel[((p / kTile * 2 + lane / kTile) * kTile + p % kTile) * kTile + lane % kTile] = row[p];
+void put_right(const uint32_t* rows, int64_t pairs, uint32_t* panel) {
+  for (int64_t block = 0; block < pairs / kTile; ++block)
+    for (int tile = 0; tile < 2; ++tile, panel += kTileWords)
+      for (int column = 0; column < kTile; ++column)
+        for (int p = 0; p < kTile; ++p)
+          panel[p * kTile + column] = rows[(tile * kTile + column) * pairs + block * kTile + p];
 }
 
 struct alignas(64) TileConfig {
@@ -92,6 +96,7 @@ const ScreenKernels* screen_amx() {
                                             kTile,
                                             false,
                                             256,
+                                            &prepare<Vec>,
                                             &quantize_bf16<Vec>,
                                             &put_left,
                                             &put_right,

@@ -55,16 +55,18 @@ void quantize_integers(const float* x, int64_t d, int64_t pairs, bool rounded, u
   float rest = 0.0f, rounded_squares = 0.0f;
   const auto vscale = V::set1(scale), vinv = V::set1(inv);
   auto vrest = V::zero(), vsquares = V::zero();
-  int64_t i = 0;
-  int32_t lanes[V::kWidth];
-  for (; i + V::kWidth <= d; i += V::kWidth) {
-    const auto u = V::load(x + i);
+  const auto round = [&](const float* from) {
+    const auto u = V::load(from);
     const auto n = V::round_to_int(V::mul(u, vscale));
-    V::istore(lanes, n);
-    for (int l = 0; l < V::kWidth; ++l) q[i + l] = static_cast<int16_t>(lanes[l]);
     const auto back = V::mul(V::to_float(n), vinv), gap = V::sub(u, back);
     vrest = V::fma(gap, gap, vrest);
     vsquares = V::fma(back, back, vsquares);
+    return n;
+  };
+  int64_t i = 0;
+  for (; i + 2 * V::kWidth <= d; i += 2 * V::kWidth) {
+    const auto first = round(x + i), second = round(x + i + V::kWidth);
+    V::store_int16(q + i, first, second);
   }
   for (; i < d; ++i) {
     const float n = __builtin_rintf(x[i] * scale), gap = x[i] - n * inv;
@@ -111,10 +113,36 @@ void quantize_bf16(const float* x, int64_t d, int64_t pairs, bool rounded, uint3
             __builtin_sqrtf(rest) * kUp + 1e-6f * norm + sum_error};
 }
 
-// Panels for vector kernels: word p of lane l at [p][l].
+// Panels for vector kernels: word p of lane l at [p][l]. Blocks of 16 words keep both sides in the cache.
 template <int Panel>
-void put_interleaved(const uint32_t* row, int64_t pairs, int lane, uint32_t* panel) {
-  for (int64_t p = 0; p < pairs; ++p) panel[p * Panel + lane] = row[p];
+void put_interleaved(const uint32_t* rows, int64_t pairs, uint32_t* panel) {
+  for (int64_t first = 0; first < pairs; first += 16) {
+    const int64_t last = first + 16 < pairs ? first + 16 : pairs;
+    for (int lane = 0; lane < Panel; ++lane)
+      for (int64_t p = first; p < last; ++p) panel[p * Panel + lane] = rows[lane * pairs + p];
+  }
+}
+
+// out = x * scale - centre (centre may be null), and the largest magnitude of x; infinity where x holds NaN or infinity.
+template <class V>
+float prepare(const float* x, int64_t d, float scale, const float* centre, float* out) {
+  const auto vscale = V::set1(scale);
+  auto top = V::zero(), poison = V::zero();
+  int64_t i = 0;
+  for (; i + V::kWidth <= d; i += V::kWidth) {
+    const auto u = V::load(x + i), scaled = V::mul(u, vscale);
+    top = V::max(top, V::max(u, V::sub(V::zero(), u)));
+    poison = V::fma(u, V::zero(), poison);  // NaN from the first entry that is not finite on
+    V::store(out + i, centre == nullptr ? scaled : V::sub(scaled, V::load(centre + i)));
+  }
+  float largest = V::max_lane(top), rest = V::sum(poison);
+  for (; i < d; ++i) {
+    const float u = x[i], magnitude = u < 0.0f ? -u : u;
+    largest = magnitude > largest ? magnitude : largest;
+    rest += u * 0.0f;
+    out[i] = u * scale - (centre == nullptr ? 0.0f : centre[i]);
+  }
+  return rest == 0.0f ? largest : __builtin_inff();
 }
 
 // MR x (NV * width) products in registers over one block of pairs.
@@ -307,6 +335,7 @@ constexpr ScreenKernels integer_kernels(const char* name, int64_t left_rows) {
           1,
           true,
           left_rows,
+          &prepare<V>,
           &quantize_integers<V>,
           &put_interleaved<MR>,
           &put_interleaved<NV * V::kWidth>,

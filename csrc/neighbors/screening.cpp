@@ -45,29 +45,38 @@ namespace {
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLongest = 1.0e16f;  // a longer row would overflow the squares of the bounds
 
-float largest_magnitude(const float* x, int64_t d) {  // infinity for a row that holds NaN or infinity
-  float top = 0.0f;
-  bool finite = true;
+// Magnitudes of floats are ordered like their bits, which vectorises on every processor.
+int32_t largest_bits(const float* x, int64_t d) {
+  int32_t top = 0;
   for (int64_t c = 0; c < d; ++c) {
-    const float magnitude = std::fabs(x[c]);
-    finite &= magnitude <= std::numeric_limits<float>::max();
-    top = magnitude > top ? magnitude : top;
+    int32_t bits;
+    std::memcpy(&bits, x + c, sizeof(bits));
+    bits &= 0x7fffffff;
+    top = bits > top ? bits : top;
   }
-  return finite ? top : kInfinity;
+  return top;
+}
+
+float largest_magnitude(const float* x, int64_t d) {  // infinity for a row that holds NaN or infinity
+  const int32_t bits = largest_bits(x, d);
+  float top;
+  std::memcpy(&top, &bits, sizeof(top));
+  return bits < 0x7f800000 ? top : kInfinity;
 }
 
 }  // namespace
 
-bool finite_row(const float* x, int64_t d) {
-  float sum = 0.0f;
-  for (int64_t c = 0; c < d; ++c) sum += 0.0f * x[c];  // NaN as soon as one entry is not finite
-  return sum == 0.0f;
-}
+bool finite_row(const float* x, int64_t d) { return largest_bits(x, d) < 0x7f800000; }
 
 double length_of_row(const float* x, int64_t d) {
-  double squares = 0.0;
-  for (int64_t c = 0; c < d; ++c) squares += static_cast<double>(x[c]) * x[c];
-  return std::sqrt(squares);
+  double squares[8] = {};
+  int64_t c = 0;
+  for (; c + 8 <= d; c += 8)
+    for (int64_t k = 0; k < 8; ++k) squares[k] += static_cast<double>(x[c + k]) * x[c + k];
+  for (; c < d; ++c) squares[0] += static_cast<double>(x[c]) * x[c];
+  double sum = 0.0;
+  for (const double part : squares) sum += part;
+  return std::sqrt(sum);
 }
 
 namespace {
@@ -147,18 +156,21 @@ void Packed::pack_row(const Rows& rows, int64_t row, const Frame& frame, Metric 
                       int64_t slot, float* scratch, uint32_t* packed) const {
   const int64_t d = rows.width();
   const float* x = rows.get(row, scratch);
-  const float top = largest_magnitude(x, d);
-  if (top == kInfinity) return pad_row(slot, packed);
   float scale = frame.scale;
-  if (metric == Metric::kCosine) scale = top > 0.0f ? static_cast<float>(1.0 / length_of_row(x, d)) : 0.0f;
-  if (metric == Metric::kCosine && !(scale < kInfinity)) scale = 0.0f;
-  // One query's scale does not change the order of its similarities.
-  if (metric == Metric::kDot && !shifted) scale = power_of_two_over(top);
-  if (shifted) {
-    for (int64_t c = 0; c < d; ++c) scratch[c] = x[c] * scale - frame.centre[c];
-  } else {
-    for (int64_t c = 0; c < d; ++c) scratch[c] = x[c] * scale;
+  if (metric == Metric::kCosine) {
+    double length = length_of_row(x, d);
+    if (length > 1.0e30 || (length < 1.0e-30 && length > 0.0)) {  // 1 / length would leave float32's range
+      const float first = length > 1.0 ? 0x1p-90f : 0x1p90f;
+      kernels_.prepare(x, d, first, nullptr, scratch);
+      x = scratch;
+      length *= first;
+    }
+    scale = length > 0.0 ? static_cast<float>(1.0 / length) : 0.0f;
+  } else if (metric == Metric::kDot && !shifted) {  // a query's scale does not change the order of its similarities
+    scale = power_of_two_over(largest_magnitude(x, d));
   }
+  if (kernels_.prepare(x, d, scale, shifted ? frame.centre.data() : nullptr, scratch) == kInfinity)
+    return pad_row(slot, packed);
   RowStats s;
   kernels_.quantize(scratch, d, pairs_, rounded, packed, &s);
   const StatsView view = stats(slot);
@@ -174,19 +186,20 @@ bool Packed::pack(const Rows& rows, int64_t begin, int64_t count, const Frame& f
   std::atomic<bool> fits{true};
   at::parallel_for(0, slots / panel_, 1, [&](int64_t first, int64_t last) {
     std::vector<float> scratch(static_cast<size_t>(rows.width()));
-    std::vector<uint32_t> packed(static_cast<size_t>(pairs_));
+    std::vector<uint32_t> packed(static_cast<size_t>(panel_ * pairs_));
     for (int64_t panel = first; panel < last; ++panel) {
-      uint32_t* target = words() + (at + panel * panel_) * pairs_;
       for (int64_t lane = 0; lane < panel_; ++lane) {
         const int64_t i = panel * panel_ + lane, slot = at + i;
-        if (i < count) {
-          pack_row(rows, begin + i, frame, metric, shifted, rounded, slot, scratch.data(), packed.data());
-          if (!(stats(slot).norm[0] < kLongest)) fits = false;
-        } else {
-          pad_row(slot, packed.data());
+        uint32_t* target = packed.data() + lane * pairs_;
+        if (i >= count) {
+          pad_row(slot, target);
+          continue;
         }
-        (side_ == Side::kLeft ? kernels_.put_left : kernels_.put_right)(packed.data(), pairs_, static_cast<int>(lane), target);
+        pack_row(rows, begin + i, frame, metric, shifted, rounded, slot, scratch.data(), target);
+        if (!(stats(slot).norm[0] < kLongest)) fits = false;
       }
+      uint32_t* target = words() + (at + panel * panel_) * pairs_;
+      (side_ == Side::kLeft ? kernels_.put_left : kernels_.put_right)(packed.data(), pairs_, target);
     }
   });
   return fits;
@@ -201,6 +214,14 @@ float distance_from_square(float square, const float* x, const float* y, int64_t
     squares += gap * gap;
   }
   return static_cast<float>(std::sqrt(squares));
+}
+
+double product_in_range(float product, const float* x, const float* y, int64_t d) {
+  const float magnitude = std::fabs(product);
+  if (magnitude > 1.0e-30f && magnitude < 1.0e37f) return product;
+  double sum = 0.0;
+  for (int64_t c = 0; c < d; ++c) sum += static_cast<double>(x[c]) * y[c];
+  return sum;
 }
 
 }  // namespace planmill

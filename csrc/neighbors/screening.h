@@ -81,6 +81,9 @@ double length_of_row(const float* x, int64_t d);
 // float32 distance from a float32 squared one, computed again in double where the square left float32's range.
 float distance_from_square(float square, const float* x, const float* y, int64_t d);
 
+// The same for an inner product; in double, since a quotient of it may be in range again.
+double product_in_range(float product, const float* x, const float* y, int64_t d);
+
 // Buffers of one thread.
 struct Workspace {
   std::vector<float> products, low_left, low_right, values, scratch, scratch_rows;
@@ -128,8 +131,9 @@ void visit_candidates(const Block& b, int64_t left_slot, int64_t left_row, int64
         w.rows[k] = b.right_rows.get(right_row + w.found[first + k], w.scratch_rows.data() + k * d);
       float* values = w.values.data() + first;
       (b.metric == Metric::kL2 ? b.kernels.squared_distances : b.kernels.dots)(x, w.rows.data(), some, d, values);
-      if (b.metric == Metric::kL2)
-        for (int64_t k = 0; k < some; ++k) values[k] = distance_from_square(values[k], x, w.rows[k], d);
+      for (int64_t k = 0; k < some; ++k)
+        values[k] = b.metric == Metric::kL2 ? distance_from_square(values[k], x, w.rows[k], d)
+                                            : static_cast<float>(product_in_range(values[k], x, w.rows[k], d));
     }
     visit(r, w.found.data(), w.values.data(), count);
   }

@@ -50,6 +50,30 @@ def cases() -> list[Case]:
             FLOAT32,
         ),
         Case(
+            "huge_cosine",
+            lambda t, g: (
+                normal(g, t, 20, 24, scale=3e36),
+                normal(g, t, 600, 24, scale=3e37),
+                5,
+                "cosine",
+                False,
+                True,
+            ),
+            FLOAT32,
+        ),
+        Case(
+            "tiny_cosine",
+            lambda t, g: (
+                normal(g, t, 20, 24, scale=1e-36),
+                normal(g, t, 600, 24, scale=1e-40),
+                5,
+                "cosine",
+                False,
+                True,
+            ),
+            FLOAT32,
+        ),
+        Case(
             "tiny",
             lambda t, g: (normal(g, t, 20, 24, scale=1e-30), normal(g, t, 600, 24, scale=1e-30), 5, "l2", False, True),
             FLOAT32,

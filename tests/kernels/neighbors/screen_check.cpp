@@ -49,15 +49,22 @@ Side make(const ScreenKernels& k, bool left, int64_t rows, int64_t d, int64_t pa
   if (variant == 3 && rows > 2) std::memcpy(&s.x[d], &s.x[0], d * sizeof(float));  // a duplicate
   s.inv.assign(padded, 0.0f), s.half.assign(padded, kInf), s.norm.assign(padded, 0.0f), s.res.assign(padded, 0.0f);
   s.words.assign(padded * pairs, 0u);
-  std::vector<uint32_t> row(pairs);
+  std::vector<uint32_t> rows_of_panel(panel * pairs);
+  std::vector<float> prepared(d);
   for (int64_t i = 0; i < padded; ++i) {
-    std::fill(row.begin(), row.end(), 0u);
+    uint32_t* row = &rows_of_panel[i % panel * pairs];
+    std::fill(row, row + pairs, 0u);
     if (i < rows) {
+      const float top = k.prepare(&s.x[i * d], d, 1.0f, nullptr, prepared.data());
+      float largest = 0.0f;
+      for (const float v : prepared) largest = std::max(largest, std::fabs(v));
+      expect(top == largest, "prepare", d, variant);
       RowStats stats;
-      k.quantize(&s.x[i * d], d, pairs, false, row.data(), &stats);
+      k.quantize(prepared.data(), d, pairs, false, row, &stats);
       s.inv[i] = stats.inv, s.half[i] = stats.half, s.norm[i] = stats.norm, s.res[i] = stats.res;
     }
-    (left ? k.put_left : k.put_right)(row.data(), pairs, static_cast<int>(i % panel), &s.words[i / panel * panel * pairs]);
+    if (i % panel == panel - 1)
+      (left ? k.put_left : k.put_right)(rows_of_panel.data(), pairs, &s.words[i / panel * panel * pairs]);
   }
   return s;
 }
