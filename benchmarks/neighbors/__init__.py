@@ -1,0 +1,1 @@
+"""Nearest-neighbour ops: one file per op, its cases and its peers."""

@@ -1,0 +1,1 @@
+"""The package itself: what importing it and calling into it cost."""
