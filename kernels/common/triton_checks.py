@@ -1,7 +1,8 @@
 """What a compiler says about a Triton kernel, without a GPU: registers, spills, shared memory, instructions.
 
 Each `_triton` module lists in STATIC its kernels with the choices that ship. Run as a module, this file compiles all of
-them for sm_80 and sm_90 (products for sm_120 too) and prints one JSON line each, but not under TRITON_INTERPRET. ptxas, cuobjdump and nvdisasm come with the triton wheel.
+them for sm_80 and sm_90 (products for sm_120 too) and prints one JSON line each, but not under TRITON_INTERPRET.
+ptxas, cuobjdump and nvdisasm come with the triton wheel.
 """
 
 import importlib

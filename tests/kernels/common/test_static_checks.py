@@ -20,11 +20,10 @@ import triton, triton.language as tl
 from planmill.kernels.common.triton_checks import StaticKernel, check
 
 @triton.jit
-def spilling(x_ptr, n, BLOCK: tl.constexpr):
+def spilling(x_ptr, BLOCK: tl.constexpr):
     o = tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + o[:, None] * n + o[None, :], mask=o[None, :] < n, other=0.0)
-    y = tl.dot(x, tl.trans(x), input_precision="ieee")
-    tl.store(x_ptr + o[:, None] * n + o[None, :], y + x)
+    x = tl.load(x_ptr + o)
+    tl.store(x_ptr + o, x / tl.sum(x))
 
 @triton.jit
 def dividing(x_ptr, n, m):
@@ -37,7 +36,7 @@ def too_wide(x_ptr, y_ptr, BLOCK: tl.constexpr):
     x = tl.load(x_ptr + o[:, None] * BLOCK + o[None, :])
     tl.store(y_ptr + o[:, None] * BLOCK + o[None, :], tl.dot(x, x))
 
-for static in (StaticKernel(spilling, constants={"BLOCK": 64}, num_warps=1), StaticKernel(dividing),
+for static in (StaticKernel(spilling, constants={"BLOCK": 16384}, num_warps=1), StaticKernel(dividing),
                StaticKernel(too_wide, {"x_ptr": "*fp16"}, constants={"BLOCK": 32}, num_warps=1, tensor_core=True)):
     facts, problems = check(static, 90)
     print(facts.kernel.partition("[")[0], "|", " ".join(problems))
