@@ -125,8 +125,9 @@ at::Tensor bank_score(const at::Tensor& features, const at::Tensor& bank, double
   const int64_t n = x.size(0), p = x.size(1), m = b.size(0), q = b.size(1), d = x.size(2);
   const ScreenKernels& kernels = screen_kernels();
   const Rows queries(x, d), database(b, d);
-  at::Tensor table = at::full({n, p, m}, kInfinity, at::kFloat);
+  at::Tensor table = at::empty({n, p, m}, at::kFloat);
   float* entries = table.data_ptr<float>();
+  std::fill_n(entries, table.numel(), kInfinity);
   const double work = static_cast<double>(n * p) * static_cast<double>(m * q) * static_cast<double>(d);
   if (radius >= 0 || work <= kPlainWork) {
     at::parallel_for(0, n * m, work <= kPlainWork ? n * m : 1, [&](int64_t first, int64_t last) {

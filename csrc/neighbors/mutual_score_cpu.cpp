@@ -140,8 +140,9 @@ at::Tensor mutual_score(const at::Tensor& features, double low, double high, dou
   const double work = static_cast<double>(n) * n * p * p * d;
   if (exact && work > kPlainWork) x = x.to(at::kFloat);
   const Rows rows(x, d);
-  at::Tensor table = at::full({n, p, n}, kInfinity, at::kFloat);
+  at::Tensor table = at::empty({n, p, n}, at::kFloat);
   float* entries = table.data_ptr<float>();
+  std::fill_n(entries, table.numel(), kInfinity);
   if (radius >= 0 || work <= kPlainWork) {
     at::parallel_for(0, n * n, work <= kPlainWork ? n * n : 1, [&](int64_t first, int64_t last) {
       Workspace w;

@@ -7,22 +7,24 @@ import torch
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def check_rank(op: str, name: str, x: torch.Tensor, layout: str) -> None:
-    """Raise ValueError unless `x` has as many dimensions as `layout`, e.g. "[N, P, C]"."""
-    if x.dim() != layout.count(",") + 1:
+def check_rank(op: str, name: str, x: torch.Tensor, rank: int, layout: str) -> None:
+    """Raise ValueError unless `x` has `rank` dimensions; `layout` names them, e.g. "[N, P, C]"."""
+    if x.dim() != rank:
         raise ValueError(f"{op}: {name} must be {layout}, got {list(x.shape)}")
 
 
-def check_float(op: str, **tensors: torch.Tensor) -> None:
-    """Raise TypeError unless every tensor is float32, bfloat16 or float16 and all are of one dtype."""
-    first = next(iter(tensors))
-    for name, x in tensors.items():
-        if x.dtype not in FLOATS:
-            raise TypeError(f"{op}: {name} must be float32, bfloat16 or float16, got {x.dtype}")
-        if x.dtype != tensors[first].dtype:
-            raise TypeError(f"{op}: {name} must be {tensors[first].dtype} like {first}, got {x.dtype}")
-        if x.device != tensors[first].device:
-            raise ValueError(f"{op}: {name} must be on {tensors[first].device} like {first}, got {x.device}")
+def check_float(op: str, name: str, x: torch.Tensor) -> None:
+    """Raise TypeError unless `x` is float32, bfloat16 or float16."""
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{op}: {name} must be float32, bfloat16 or float16, got {x.dtype}")
+
+
+def check_alike(op: str, name: str, x: torch.Tensor, first_name: str, first: torch.Tensor) -> None:
+    """Raise TypeError unless `x` has the dtype of `first`, ValueError unless it is on the same device."""
+    if x.dtype is not first.dtype:
+        raise TypeError(f"{op}: {name} must be {first.dtype} like {first_name}, got {x.dtype}")
+    if x.device != first.device:
+        raise ValueError(f"{op}: {name} must be on {first.device} like {first_name}, got {x.device}")
 
 
 def check_choice(op: str, name: str, value: str, choices: Sequence[str]) -> None:

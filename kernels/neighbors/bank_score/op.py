@@ -1,7 +1,7 @@
 """bank_score: schema, shape rule, checks and the public function."""
 
 import torch
-from planmill.kernels.common.checks import check_float, check_rank
+from planmill.kernels.common.checks import check_alike, check_rank
 from planmill.kernels.common.registration import register
 from planmill.kernels.common.spec import OpSpec
 from planmill.kernels.neighbors.bank_score.cases import cases
@@ -56,8 +56,8 @@ def score_against_bank(
     """
     op = "bank_score"
     scalars = check_scoring(op, features, low, high, radius, grid, exact)
-    check_rank(op, "bank", bank, "[M, Q, C]")
-    check_float(op, features=features, bank=bank)
+    check_rank(op, "bank", bank, 3, "[M, Q, C]")
+    check_alike(op, "bank", bank, "features", features)
     if bank.shape[0] == 0 or bank.shape[1] == 0:
         raise ValueError(f"{op}: bank must hold at least one image with one patch, got {list(bank.shape)}")
     if bank.shape[2] != features.shape[2]:

@@ -1,7 +1,7 @@
 """knn: schema, shape rule, checks and the public function."""
 
 import torch
-from planmill.kernels.common.checks import check_choice, check_float, check_int32_range, check_rank
+from planmill.kernels.common.checks import check_alike, check_choice, check_float, check_int32_range, check_rank
 from planmill.kernels.common.registration import register
 from planmill.kernels.common.spec import OpSpec
 from planmill.kernels.neighbors.knn.cases import cases, compare
@@ -61,17 +61,17 @@ def find_neighbors(
     Source: brute-force kNN as in Johnson, Douze, Jegou, "Billion-scale similarity search with GPUs", section 5.
     """
     op = "knn"
-    check_rank(op, "queries", queries, "[n, D]")
-    check_rank(op, "database", database, "[m, D]")
-    check_float(op, queries=queries, database=database)
+    check_rank(op, "queries", queries, 2, "[n, D]")
+    check_rank(op, "database", database, 2, "[m, D]")
+    check_float(op, "queries", queries)
+    check_alike(op, "database", database, "queries", queries)
     check_choice(op, "metric", metric, METRICS)
-    if queries.shape[1] != database.shape[1]:
-        raise ValueError(f"{op}: database must be [m, {queries.shape[1]}] like queries, got {list(database.shape)}")
+    (n, width), (rows, database_width) = queries.shape, database.shape
+    if width != database_width:
+        raise ValueError(f"{op}: database must be [m, {width}] like queries, got {list(database.shape)}")
     if not 1 <= k <= MAX_K:
         raise ValueError(f"{op}: k must be from 1 to {MAX_K}, got {k}")
-    if exclude_self and queries.shape[0] != database.shape[0]:
-        raise ValueError(
-            f"{op}: exclude_self needs as many queries as rows, got {queries.shape[0]} and {database.shape[0]}"
-        )
-    check_int32_range(op, "database", database.shape[0])
+    if exclude_self and n != rows:
+        raise ValueError(f"{op}: exclude_self needs as many queries as rows, got {n} and {rows}")
+    check_int32_range(op, "database", rows)
     return _op(queries, database, k, metric, exclude_self, exact)

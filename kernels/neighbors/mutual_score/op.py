@@ -31,22 +31,24 @@ def check_scoring(
     exact: bool | None,
 ) -> tuple[float, float, float, int, bool]:
     """Check what mutual and bank scoring share; returns the op's scalars (low, high, radius, width, exact)."""
-    check_rank(op, "features", features, "[N, P, C]")
-    check_float(op, features=features)
-    if features.shape[1] == 0 or features.shape[2] == 0:
+    check_rank(op, "features", features, 3, "[N, P, C]")
+    check_float(op, "features", features)
+    _, patches, channels = features.shape
+    if patches == 0 or channels == 0:
         raise ValueError(f"{op}: features must be [N, P, C] with P and C at least 1, got {list(features.shape)}")
     if not (low >= 0 and high > 0):
         raise ValueError(f"{op}: low must be >= 0 and high > 0, got low={low} and high={high}")
-    if grid is not None and grid[0] * grid[1] != features.shape[1]:
-        raise ValueError(f"{op}: grid must hold P = {features.shape[1]} patches, got {grid[0]} x {grid[1]}")
-    exact = features.dtype == torch.float32 if exact is None else exact
+    if grid is not None and grid[0] * grid[1] != patches:
+        raise ValueError(f"{op}: grid must hold P = {patches} patches, got {grid[0]} x {grid[1]}")
+    if exact is None:
+        exact = features.dtype is torch.float32
     if radius is None:
-        return float(low), float(high), -1.0, 1, exact
+        return low, high, -1.0, 1, exact
     if radius < 0:
         raise ValueError(f"{op}: radius must be >= 0 patches, got {radius}")
     if grid is None:
         raise ValueError(f"{op}: radius needs grid=(height, width) of the patches")
-    return float(low), float(high), float(radius), grid[1], exact
+    return low, high, float(radius), grid[1], exact
 
 
 def score_mutually(

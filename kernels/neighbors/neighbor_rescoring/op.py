@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from planmill.kernels.common.checks import check_float, check_rank
+from planmill.kernels.common.checks import check_alike, check_float, check_rank
 from planmill.kernels.common.registration import register
 from planmill.kernels.common.spec import OpSpec
 from planmill.kernels.neighbors.neighbor_rescoring.cases import cases
@@ -43,9 +43,10 @@ def rescore_by_neighbors(
     Source: MuSc (Li et al., ICLR 2024), section 3.3 (RsCIN). The clamp of negative weights is ours.
     """
     op = "neighbor_rescoring"
-    check_rank(op, "scores", scores, "[N]")
-    check_rank(op, "descriptors", descriptors, "[N, E]")
-    check_float(op, scores=scores, descriptors=descriptors)
+    check_rank(op, "scores", scores, 1, "[N]")
+    check_rank(op, "descriptors", descriptors, 2, "[N, E]")
+    check_float(op, "scores", scores)
+    check_alike(op, "descriptors", descriptors, "scores", scores)
     if scores.shape[0] == 0 or descriptors.shape[0] != scores.shape[0]:
         raise ValueError(
             f"{op}: descriptors must be [N, E] with N = {scores.shape[0]} >= 1, got {list(descriptors.shape)}"

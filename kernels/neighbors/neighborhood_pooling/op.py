@@ -42,8 +42,8 @@ def pool_neighborhood(features: torch.Tensor, grid: tuple[int, int], size: int =
     Source: MuSc (Li et al., ICLR 2024), section 3.1 (LNAMD); the published unfold and adaptive average equal this.
     """
     op = "neighborhood_pooling"
-    check_rank(op, "features", features, "[N, P, C]")
-    check_float(op, features=features)
+    check_rank(op, "features", features, 3, "[N, P, C]")
+    check_float(op, "features", features)
     if min(grid) < 1 or grid[0] * grid[1] != features.shape[1]:
         raise ValueError(f"{op}: grid must hold P = {features.shape[1]} patches, got {grid[0]} x {grid[1]}")
     if size < 1 or size % 2 == 0:

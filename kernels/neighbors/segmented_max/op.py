@@ -1,7 +1,7 @@
 """segmented_max: schema, shape rule, checks and the public function."""
 
 import torch
-from planmill.kernels.common.checks import check_float, check_int32_range, check_rank
+from planmill.kernels.common.checks import check_alike, check_float, check_int32_range, check_rank
 from planmill.kernels.common.registration import register
 from planmill.kernels.common.spec import OpSpec
 from planmill.kernels.neighbors.segmented_max.cases import cases, compare
@@ -51,10 +51,11 @@ def maximize_by_segment(
     Source: MuSc (Li et al., ICLR 2024), section 3.2, generalised to segments.
     """
     op = "segmented_max"
-    check_rank(op, "queries", queries, "[n, D]")
-    check_rank(op, "database", database, "[m, D]")
-    check_rank(op, "offsets", offsets, "[S + 1]")
-    check_float(op, queries=queries, database=database)
+    check_rank(op, "queries", queries, 2, "[n, D]")
+    check_rank(op, "database", database, 2, "[m, D]")
+    check_rank(op, "offsets", offsets, 1, "[S + 1]")
+    check_float(op, "queries", queries)
+    check_alike(op, "database", database, "queries", queries)
     if queries.shape[1] != database.shape[1]:
         raise ValueError(f"{op}: database must be [m, {queries.shape[1]}] like queries, got {list(database.shape)}")
     if offsets.dtype not in (torch.int32, torch.int64):
