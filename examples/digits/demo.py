@@ -32,7 +32,6 @@ CONSOLE = Console(highlight=False)
 BATCHES = (1, 64)
 ROUNDS = 30
 MEAN_EXPECTED, EACH_EXPECTED = 0.99, 0.97
-MODEL_PY = Path(__file__).resolve().with_name("model.py")
 
 
 def bars() -> Progress:
@@ -116,7 +115,7 @@ def inspect_trays(out: Path) -> list[tuple[int, float, Inspection]]:
             settings = Settings(
                 images=out / "trays" / str(normal),
                 out=out / "inspect" / str(normal),
-                backbone=f"{MODEL_PY}:factory",
+                backbone="digits",
                 batch=64,
                 plans=out / "plans",
             )

@@ -43,7 +43,7 @@ def open_plan(
     """
     _make_private(folder)
     largest = plan_batch(batch)
-    path = folder / f"{_slug(backbone.name)}-{plan_key(backbone, precision, largest)[:16]}.plan"
+    path = plan_path(folder, backbone, precision, largest)
     why = "no plan for these weights and settings yet"
     if path.is_file():
         try:
@@ -70,6 +70,11 @@ def open_plan(
 def plan_batch(batch: int) -> int:
     """The plan's largest batch for a batch size: 8, or the next multiple of 32, so that few sizes need few plans."""
     return BATCH if batch <= BATCH else (batch + 31) // 32 * 32
+
+
+def plan_path(folder: Path, backbone: Backbone, precision: Precision, largest: int) -> Path:
+    """Where the plan is kept: the backbone's name and the digest of all that the plan depends on."""
+    return folder / f"{_slug(backbone.name)}-{plan_key(backbone, precision, largest)[:16]}.plan"
 
 
 def plan_key(backbone: Backbone, precision: Precision, largest: int) -> str:

@@ -104,12 +104,12 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise PlanmillError(f"--weights {path}: neither safetensors nor a torch state dict: {first}") from error
-    for key in ("state_dict", "model", "model_state"):
+    for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             loaded = loaded[key]
     if not (isinstance(loaded, dict) and loaded and all(isinstance(v, torch.Tensor) for v in loaded.values())):
         raise PlanmillError(f"--weights {path}: holds no state dict (names and tensors)")
-    return loaded
+    return {name.removeprefix("module.").removeprefix("_orig_mod."): value for name, value in loaded.items()}
 
 
 def name_some(names: Iterable[str]) -> str:

@@ -1,6 +1,7 @@
 """Vision transformers of timm, with weights from a local file or from the user's cache. Nothing is downloaded."""
 
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from planmill.errors import PlanmillError
-from planmill.inspection.backbones.common import Backbone, choose_layers, choose_size
+from planmill.inspection.backbones.common import Backbone, choose_layers, choose_size, name_some, read_weights
 
 
 class TimmBackbone(nn.Module):
@@ -39,7 +40,8 @@ def load_timm_backbone(name: str, weights: Path | None, layers: Sequence[int] | 
     timm = _import_timm()
     short = name.removeprefix("timm/")
     if not timm.is_model(short.split(".")[0]):
-        close = timm.list_models(f"*{short.split('.')[0]}*")[:3]
+        base = short.split(".")[0]
+        close = (timm.list_models(f"{base}*") or timm.list_models(f"*{base}*"))[:3]
         hint = f"; near it: {', '.join(close)}" if close else ""
         raise PlanmillError(
             f"--backbone {name}: timm has no model of this name{hint}. A transformers model is written org/name, "
@@ -80,16 +82,24 @@ def load_timm_backbone(name: str, weights: Path | None, layers: Sequence[int] | 
 
 
 def _create(timm: ModuleType, name: str, short: str, file: Path, side: int) -> nn.Module:
-    """The model with the file's weights; timm itself resizes the position table and renames old keys."""
+    """The model with the file's weights; timm's own filter resizes the position table and renames old keys."""
     try:
-        return timm.create_model(
-            short, pretrained=True, pretrained_cfg_overlay={"file": str(file)}, num_classes=0, img_size=side
-        )
+        model = timm.create_model(short, pretrained=False, num_classes=0, img_size=side)
     except TypeError as error:
         raise PlanmillError(f"--backbone {name}: is no ViT that takes an image size: {error}") from error
-    except (RuntimeError, ValueError, KeyError, OSError, EOFError) as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise PlanmillError(f"--backbone {name}: {file} does not fit this model: {first}") from error
+    try:
+        if file.suffix == ".npz":
+            model.load_pretrained(str(file))
+            return model
+        state = read_weights(file)
+        convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+        missing = model.load_state_dict(convert(state, model) if convert else state, strict=False).missing_keys
+    except (RuntimeError, ValueError, KeyError, OSError) as error:
+        lines = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
+        raise PlanmillError(f"--backbone {name}: {file} does not fit this model: {' '.join(lines[:2])}") from error
+    if missing:
+        raise PlanmillError(f"--backbone {name}: {file} does not fit this model: it lacks {name_some(missing)}")
+    return model
 
 
 def _cached_file(cfg: Any) -> Path | None:

@@ -106,38 +106,30 @@ def _missing(name: str, short: str, what: str) -> PlanmillError:
 
 def _load(kind: Any, name: str, short: str, config: Any, weights: Path | None) -> tuple[nn.Module, str]:
     """The model with all its weights; a missing tensor is an error, never a random one."""
+    options = {"config": config, "output_loading_info": True, "dtype": torch.float32}
     if weights is None:
         try:
-            model, info = kind.from_pretrained(
-                short, config=config, local_files_only=True, output_loading_info=True, dtype=torch.float32
-            )
+            model, info = kind.from_pretrained(short, local_files_only=True, **options)
         except (OSError, ValueError) as error:
             raise _missing(name, short, "its weights") from error
-        missing, origin = info["missing_keys"], short if Path(short).is_dir() else "the Hugging Face cache"
+        origin = short if Path(short).is_dir() else "the Hugging Face cache"
     else:
-        state = read_weights(weights)
-        model = kind._from_config(config) if hasattr(kind, "_from_config") else kind.from_config(config)
-        missing, origin = _fill(model, state), str(weights)
+        state, origin = read_weights(weights), str(weights)
+        mapping = getattr(kind, "_model_mapping", None)
+        try:
+            model, info = (kind if mapping is None else mapping[type(config)]).from_pretrained(
+                None, state_dict=state, **options
+            )
+        except (RuntimeError, ValueError, KeyError) as error:
+            first = (str(error).splitlines() or [type(error).__name__])[0]
+            raise PlanmillError(f"--backbone {name}: {weights} does not fit this model: {first}") from error
+    missing = {*info["missing_keys"], *(str(entry[0]) for entry in info.get("mismatched_keys", ()))}
     absent = [key for key in missing if not key.removeprefix(f"{model.base_model_prefix}.").startswith(_HEADLESS)]
     if absent:
         raise PlanmillError(f"--backbone {name}: {origin} has no weights for {name_some(absent)}")
     if any("pooler." in key for key in missing) and hasattr(model, "pooler"):
         model.pooler = None  # an untrained pooler is no descriptor: the class token stands in
     return model.float(), origin
-
-
-def _fill(model: Any, state: dict[str, torch.Tensor]) -> list[str]:
-    """Load a state dict with or without the model's prefix; returns the names that were missing."""
-    own, prefix = model.state_dict(), f"{model.base_model_prefix}."
-    variants = [
-        state,
-        {key.removeprefix(prefix): value for key, value in state.items()},
-        {prefix + key: value for key, value in state.items()},
-    ]
-    best = max(variants, key=lambda variant: len(own.keys() & variant.keys()))
-    fitting = {key: value for key, value in best.items() if key in own and own[key].shape == value.shape}
-    model.load_state_dict(fitting, strict=False)
-    return [key for key in own if key not in fitting]
 
 
 def _normalization(transformers: ModuleType, short: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
