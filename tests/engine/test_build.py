@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._inductor.config
 from planmill.engine import DynamicDim, Plan, PlanError, Session, Tolerance, build, capture, targets
 from planmill.engine.verify import compare, plan_cases, verify
 from torch import nn
@@ -131,9 +132,9 @@ def test_refused_before_any_work(perceptron: nn.Module, tmp_path: Path, monkeypa
             build(perceptron, x, tmp_path / "a.plan", metadata=metadata)  # type: ignore[arg-type]
 
 
-def test_no_compiler(perceptron: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("/nonexistent/g++",))
-    with pytest.raises(PlanError, match="needs a C\\+\\+ compiler: install g\\+\\+"):
+def test_no_compiler(perceptron: nn.Module, tmp_path: Path) -> None:
+    missing = torch._inductor.config.patch({"cpp.cxx": ("/nonexistent/g++",)})
+    with missing, pytest.raises(PlanError, match=r"needs a C\+\+ compiler: install g\+\+"):
         build(perceptron, torch.randn(1, 6), tmp_path / "a.plan")
 
 
