@@ -45,7 +45,7 @@ def test_the_split_is_45_percent_stratified_and_disjoint(data: ModuleType) -> No
     assert len(held_out.labels) == round(0.45 * 1797)
     assert len(train.labels) + len(held_out.labels) == 1797
     shares = [np.bincount(part.labels) / len(part.labels) for part in (train, held_out)]
-    np.testing.assert_allclose(*shares, atol=0.005)
+    np.testing.assert_allclose(shares[0], shares[1], atol=0.005)
 
 
 def test_the_model_is_what_it_says(digits: ModuleType) -> None:

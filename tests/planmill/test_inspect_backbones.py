@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -117,7 +118,7 @@ def test_a_timm_vit_gives_its_raw_residual_stream(tmp_path: Path) -> None:
     import timm
 
     torch.manual_seed(0)
-    model = timm.create_model("vit_tiny_patch16_224", img_size=64).eval()
+    model: Any = timm.create_model("vit_tiny_patch16_224", img_size=64).eval()
     save_file(model.state_dict(), tmp_path / "w.safetensors")
     torch.save(model.state_dict(), tmp_path / "w.pth")
     x = torch.randn(2, 3, 64, 64)
