@@ -9,13 +9,24 @@ from planmill.kernels.common.triton_screen import BLOCK_K, Encoded, Frame, as_im
 from planmill.kernels.common.triton_search import search_kernel, settle_kernel
 
 BLOCK_M, NUM_WARPS, NUM_STAGES = 128, 8, 3
-SETTLE_ROWS, SETTLE_C, SETTLE_Q = 16, 128, 32
+SETTLE_ROWS, SETTLE_C, SETTLE_Q = 16, 64, 32
 WORKSPACE_BYTES = 32 << 20  # of the partial minima; pairs are visited in runs that fit
 
 
-def columns_of_tile(exact: bool, radius: bool) -> int:
-    """BLOCK_N: indices, second minima and grid positions of 128 columns would not fit the registers beside the tile."""
-    return 64 if exact or radius else 128
+def columns_of_tile(exact: bool, radius: bool, capability: int = 90) -> int:
+    """BLOCK_N: indices, second minima and grid positions of 128 columns do not fit the registers beside the tile.
+
+    On sm_120 (no wgmma: operands pass through registers) not even their ranks do.
+    """
+    return 64 if exact or radius or capability >= 100 else 128
+
+
+def capability_of(x: torch.Tensor) -> int:
+    """90 for sm_90; also where the interpreter stands in for a device."""
+    if not x.is_cuda:
+        return 90
+    major, minor = torch.cuda.get_device_capability(x.device)
+    return major * 10 + minor
 
 
 @dataclass(frozen=True)
@@ -103,8 +114,8 @@ def _search(match: Match, x: Encoded, y: Encoded, scratch: tuple, first: int, co
         x.hi, x.lo, x.half_norm, x.descale, y.hi, y.lo, y.half_norm, y.descale, match.offsets, *scratch,
         first, images, patches, match.segments, row_tiles, splits, x.k_tiles, match.radius2, radius, match.grid_width,
         SPLIT=x.split, EXACT=match.exact, SYMMETRIC=match.symmetric, RADIUS=match.radius2 >= 0,
-        BLOCK_M=BLOCK_M, BLOCK_N=columns_of_tile(match.exact, match.radius2 >= 0), BLOCK_K=BLOCK_K[x.split],
-        num_warps=NUM_WARPS, num_stages=NUM_STAGES,
+        BLOCK_M=BLOCK_M, BLOCK_N=columns_of_tile(match.exact, match.radius2 >= 0, capability_of(match.rows)),
+        BLOCK_K=BLOCK_K[x.split], num_warps=NUM_WARPS, num_stages=NUM_STAGES,
     )  # fmt: skip
 
 
@@ -129,21 +140,24 @@ def _settle(
 def _static_search() -> list[StaticKernel]:
     halves = {name: "*fp16" for name in ("x_hi_ptr", "x_lo_ptr", "y_hi_ptr", "y_lo_ptr")}
     indices = {"offsets_ptr": "*i32", "where_ptr": "*i32"}
-    # symmetric exact float32; symmetric 11 bits; bank 11 bits with a radius; segmented float32 and half;
+    # symmetric exact float32; symmetric 11 bits; bank 11 bits, also with a radius; segmented float32 and half;
     # symmetric exact float32 with a radius
-    modes = [(True, True, True, False), (False, False, True, False), (False, False, False, True),
-             (True, True, False, False), (False, True, False, False), (True, True, True, True)]  # fmt: skip
+    modes = [(True, True, True, False), (False, False, True, False), (False, False, False, False),
+             (False, False, False, True), (True, True, False, False), (False, True, False, False),
+             (True, True, True, True)]  # fmt: skip
     return [
         StaticKernel(
             search_kernel,
             pointers={**halves, **indices},
             constants={"SPLIT": split, "EXACT": exact, "SYMMETRIC": symmetric, "RADIUS": radius,
-                       "BLOCK_M": BLOCK_M, "BLOCK_N": columns_of_tile(exact, radius), "BLOCK_K": BLOCK_K[split]},
+                       "BLOCK_M": BLOCK_M, "BLOCK_N": columns_of_tile(exact, radius, targets[0]),
+                       "BLOCK_K": BLOCK_K[split]},
             num_warps=NUM_WARPS,
             num_stages=NUM_STAGES,
             tensor_core=True,
-            targets=PRODUCT_TARGETS,
+            targets=targets,
         )
+        for targets in (PRODUCT_TARGETS[:2], PRODUCT_TARGETS[2:])
         for split, exact, symmetric, radius in modes
     ]  # fmt: skip
 
