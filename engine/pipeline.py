@@ -48,7 +48,7 @@ def build(
         dynamic: a DynamicDim for dimension 0 of every input (the default: 1 to 64), {input: {dimension: DynamicDim}},
             or None: all sizes fixed.
         output_names: instead of the names found: dictionary keys or attribute names, else output, output_0, ...
-        metadata: JSON that the plan carries along, e.g. class names or the normalisation of the input.
+        metadata: JSON that the plan carries along, e.g. class names.
         tolerance: how far the plan may be from the model; `planmill.engine.TOLERANCES[precision]` when not given.
         sample: `sample(sizes, generator) -> inputs` in place of random ones, for a model that takes only some values.
         progress: `progress(stage, fraction)`, called as the stages "capture", "compile", "verify", "write" advance.
@@ -77,8 +77,7 @@ def build(
             progress=lambda fraction: progress("verify", fraction),
         )
         progress("write", 0.0)
-        described = describe_payload(payload)
-        seconds = time.perf_counter() - started
+        described, seconds = describe_payload(payload), time.perf_counter() - started
         manifest = _manifest(model, captured, target, precision, described, receipt, seconds, kept)
         plan = write_plan(path, manifest, {described.name: payload})
     progress("write", 1.0)

@@ -1,17 +1,21 @@
 """`planmill build`: a model becomes a plan."""
 
+import contextlib
+import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from planmill.errors import PlanmillError
 
 if TYPE_CHECKING:
     import torch
 
+    from planmill.engine import Tolerance
     from planmill.engine.manifest import Precision
 
 _STAGES = {
@@ -63,25 +67,12 @@ def build(
     find_target(target)
     if precision not in engine.TOLERANCES:
         raise PlanmillError(f"precision must be fp32 or bf16, got {precision!r}")
-    check_destination(out)
-    changes = {name: value for name, value in (("max_rel", max_rel), ("cosine", cosine)) if value is not None}
     kind: Precision = precision
-    tolerance = engine.Tolerance(**(engine.TOLERANCES[kind].model_dump() | changes)) if changes else None
+    check_destination(out)
+    tolerance = _tolerance(kind, max_rel, cosine)
     # torch 2.13 warns of itself while it copies a program.
     warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)
-    console = Console(stderr=True)
-    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=console, transient=True) as bar:
-        tasks: dict[str, Any] = {}
-
-        def advance(stage: str, fraction: float) -> None:
-            for name, task in tasks.items():
-                if name != stage:
-                    bar.update(task, total=1, completed=1)
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(_STAGES[stage], total=1 if stage == "verify" else None)
-            bar.update(tasks[stage], completed=fraction)
-
+    with _progress() as advance:
         advance("load", 0.0)
         torch.manual_seed(seed)
         module = load_model(model, weights, random_weights=random_weights)
@@ -101,6 +92,36 @@ def build(
     from planmill.cli.info import describe
 
     describe(plan, Console())
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[str, float], None]]:
+    """One line per stage on standard error, gone at the end; a bar moves where the stage knows how far it is."""
+    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def advance(stage: str, fraction: float) -> None:
+            for name, task in tasks.items():
+                if name != stage:
+                    bar.update(task, total=1, completed=1)
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(_STAGES[stage], total=1 if stage == "verify" else None)
+            bar.update(tasks[stage], completed=fraction)
+
+        yield advance
+
+
+def _tolerance(precision: "Precision", max_rel: float | None, cosine: float | None) -> "Tolerance | None":
+    """The precision's own tolerance with what the user changed; None for no change."""
+    from planmill.engine import TOLERANCES, Tolerance
+
+    changes = {name: value for name, value in (("max_rel", max_rel), ("cosine", cosine)) if value is not None}
+    if max_rel is not None and not 0 <= max_rel < math.inf:
+        raise PlanmillError(f"--max-rel must be a number from 0, got {max_rel}")
+    if cosine is not None and not -1 <= cosine <= 1:
+        raise PlanmillError(f"--cosine must be -1 to 1, got {cosine}")
+    return Tolerance(**(TOLERANCES[precision].model_dump() | changes)) if changes else None
 
 
 def _sizes(text: str) -> tuple[int, int, int]:
