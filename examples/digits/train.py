@@ -1,4 +1,4 @@
-"""Train the digits model: about a minute on two cores. Writes digits.safetensors beside this file.
+"""Train the digits model: a minute or two on two cores. Writes digits.safetensors beside this file.
 
 python examples/digits/train.py [--epochs 30] [--out FILE]
 """
