@@ -7,10 +7,16 @@ if __name__ != "planmill.kernels":
 
 import importlib
 import pkgutil
+from typing import TYPE_CHECKING, Any
 
 from planmill.kernels.common.backends import Choice, which
 from planmill.kernels.common.cpu import cpu_capabilities, cpu_capability
 from planmill.kernels.common.spec import REGISTRY, Case, OpSpec
+
+if TYPE_CHECKING:  # families are found below, where a type checker does not look
+
+    def __getattr__(name: str) -> Any: ...
+
 
 __all__ = ["REGISTRY", "Case", "Choice", "OpSpec", "cpu_capabilities", "cpu_capability", "families", "ops", "which"]
 

@@ -3,6 +3,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <limits>
 
@@ -35,10 +36,12 @@ struct Scorer {
 };
 
 bool Scorer::pack_right(Packed& right, const Frame& frame) const {
-  bool fits = true;
+  std::atomic<bool> fits{true};
   const int64_t padded = right.padded(patches);
-  for (int64_t j = 0; j < images; ++j)
-    fits &= right.pack(rows, j * patches, patches, frame, Metric::kL2, true, !exact, j * padded);
+  at::parallel_for(0, images, 1, [&](int64_t first, int64_t last) {
+    for (int64_t j = first; j < last; ++j)
+      if (!right.pack(rows, j * patches, patches, frame, Metric::kL2, true, !exact, j * padded)) fits = false;
+  });
   return fits;
 }
 

@@ -116,8 +116,8 @@ def _register_autograd(spec: OpSpec) -> None:
 
     if not spec.differentiable:
         _LIBRARY.impl(spec.name, torch.library.fallthrough_kernel, "Autograd")
-    elif cpu.extension() is not None:
-        cpu.extension().register_autograd_gate(f"{NAMESPACE}::{spec.name}", differentiate)
+    elif (extension := cpu.extension()) is not None:
+        extension.register_autograd_gate(f"{NAMESPACE}::{spec.name}", differentiate)
     else:
 
         def gate(*args: Any) -> Any:

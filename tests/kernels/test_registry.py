@@ -137,6 +137,7 @@ def test_gradient_is_that_of_the_reference(spec: OpSpec, case: Case) -> None:
         total.backward()
     for a, b in zip(mine, theirs, strict=True):
         if isinstance(a, torch.Tensor) and a.is_floating_point():
+            assert a.grad is not None
             torch.testing.assert_close(a.grad.double(), b.grad, atol=1e-5, rtol=1e-4)
 
 

@@ -122,7 +122,7 @@ class MutualScorer(nn.Module):
         """Take a bank of any size from a state dict."""
         if prefix + "bank" in state_dict:
             self.bank = self.bank.new_empty(state_dict[prefix + "bank"].shape, dtype=state_dict[prefix + "bank"].dtype)
-        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[arg-type]
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         """Settings and the size of the bank."""
