@@ -65,6 +65,7 @@ class Goal:
         peer: of a ratio: the name of the peer, or None for each of them.
         dtype: the dtype that it is asked for, or None for each of the case's.
         needs: "" (always), "amx" (only where AMX runs), "no amx" (only where AMX is absent or switched off).
+        device: the kind of device that it is asked of.
     """
 
     kind: Literal["ratio", "error", "memory", "time", "gemm"]
@@ -72,6 +73,7 @@ class Goal:
     peer: str | None = None
     dtype: torch.dtype | None = None
     needs: Literal["", "amx", "no amx"] = ""
+    device: Literal["cpu", "cuda"] = "cpu"
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ FIELDS = (
 )
 
 Row = dict[str, Any]
+Missed = tuple[Case, torch.dtype, Goal, str]  # a goal that was not measured, and why
 
 
 class WrongResult(Exception):
@@ -93,6 +94,7 @@ class Session:
     note: Callable[[str], None] = print
     progress: Callable[[], None] = lambda: None
     noted: set[str] = field(default_factory=set)
+    missed: list[Missed] = field(default_factory=list)  # goals that no row will speak of
 
     def note_once(self, text: str) -> None:
         """Pass on a note the first time that it comes up."""
@@ -111,8 +113,8 @@ def level() -> str:
 
 def unmet(goal: Goal, device: str, isa: str) -> str:
     """Why a goal is not asked of a run at this instruction set, or "" when it is."""
-    if not goal.needs or device != "cpu":
-        return ""
+    if goal.device != device:
+        return f"asked of {goal.device}"
     if goal.needs == "amx" and isa != "amx":
         here = "held to " + isa if "amx" in kernels.cpu_capabilities() else "not on this machine"
         return f"needs AMX: {here}"
@@ -140,15 +142,18 @@ def plan(cases: list[Case], settings: Settings, dtype: torch.dtype | None = None
     return runs
 
 
-def left_out(cases: list[Case], settings: Settings) -> list[tuple[Case, torch.dtype, Goal, str]]:
+def left_out(cases: list[Case], settings: Settings, dtype: torch.dtype | None = None) -> list[Missed]:
     """The goals of cases that this device does not run, each with the reason."""
-    found = []
-    for case in cases:
-        if settings.device not in case.devices:
-            absent = "cuda" in case.devices and not torch.cuda.is_available()
-            reason = "needs CUDA: not on this machine" if absent else f"needs --device {case.devices[0]}"
-            found += [(case, kind, goal, reason) for kind in case.dtypes for goal in case.goals_for(kind)]
-    return found
+    absent = settings.device == "cpu" and not torch.cuda.is_available()
+    reason = "needs CUDA: not on this machine" if absent else "needs --device {}"
+    return [
+        (case, kind, goal, reason.format(case.devices[0]))
+        for case in cases
+        if settings.device not in case.devices
+        for kind in case.dtypes
+        if dtype in (None, kind)
+        for goal in case.goals_for(kind)
+    ]
 
 
 def execute(run: Run, session: Session) -> list[Row]:
@@ -159,9 +164,12 @@ def execute(run: Run, session: Session) -> list[Row]:
     """
     settings, case = session.settings, run.case
     held = settings.device == "cpu" and run.isa in kernels.cpu_capabilities()
-    with kernels.cpu_capability(run.isa) if held else nullcontext(), machine.limited(settings.threads):
-        samples, errors, flops, moved = _time(run, session)
-        shared = _shared(run, session)
+    with kernels.cpu_capability(run.isa) if held else nullcontext():
+        try:
+            samples, errors, flops, moved, shared = _time(run, session)
+        except WrongResult:
+            session.missed += [(case, run.dtype, goal, "wrong result") for goal in case.goals_for(run.dtype)]
+            raise
     times = {name: Quantiles.of(values) for name, values in samples.items()}
     memory = _memory(run, session, list(times))
     ours = times[""]
@@ -183,18 +191,22 @@ def execute(run: Run, session: Session) -> list[Row]:
     return rows
 
 
-def _time(run: Run, session: Session) -> tuple[dict[str, list[float]], dict[str, float], float, int]:
-    """Samples and errors of ours ("") and the peers; the operations and the bytes that the work needs at least."""
+def _time(run: Run, session: Session) -> tuple[dict[str, list[float]], dict[str, float], float, int, Row]:
+    """Samples and errors of ours ("") and the peers; the operations and bytes that the work needs; shared fields."""
     settings, case = session.settings, run.case
+    torch.manual_seed(settings.seed)  # of the checks, which look at random parts
     draw = Draw(run.dtype, settings.device, torch.Generator().manual_seed(settings.seed))
     args = ((case.small if settings.quick else None) or case.make)(draw)
-    peers = dict(_usable(case, session))
+    peers = dict(_usable(run, session))
     calls: dict[str, Callable[[], Any]] = {"": partial(case.ours, *args)}
     calls |= {name: peer.prepare(*args) for name, peer in peers.items()}
-    errors, produced = _check(run, args, calls, peers)
     sampler = Sampler(settings.device, case.calls, case.reports_ms)
-    samples = alternate(calls, sampler, settings.rounds, 0 if settings.quick else settings.budget_s, session.progress)
-    return samples, errors, float(case.flops(*args)), nbytes(args) + produced
+    budget_s = 0.0 if settings.quick else settings.budget_s
+    with machine.limited(settings.threads):  # after `prepare`, which loads the libraries that it limits
+        errors, produced = _check(run, args, calls, peers)
+        samples = alternate(calls, sampler, settings.rounds, budget_s, session.progress)
+        shared = _shared(run, session)
+    return samples, errors, float(case.flops(*args)), nbytes(args) + produced, shared
 
 
 def judge(goal: Goal, row: Row, run: Run, settings: Settings) -> dict[str, Any]:
@@ -219,14 +231,16 @@ def _concerns(goal: Goal, peer: str) -> bool:
     return goal.kind != "ratio" or goal.peer in (None, peer)
 
 
-def _usable(case: Case, session: Session) -> Iterator[tuple[str, Peer]]:
+def _usable(run: Run, session: Session) -> Iterator[tuple[str, Peer]]:
+    case = run.case
     for name, peer in case.peers.items():
         if session.settings.device not in peer.devices:
             continue
         if peer.package and importlib.util.find_spec(peer.package) is None:
-            session.note_once(
-                f"{case.op}: no peer {name}: {peer.package} is not installed (pip install 'planmill[bench]')"
-            )
+            why = f"{peer.package} is not installed"
+            session.note_once(f"{case.op}: no peer {name}: {why} (pip install 'planmill[bench]')")
+            goals = (goal for goal in case.goals_for(run.dtype) if goal.peer == name)
+            session.missed += [(case, run.dtype, goal, why) for goal in goals]
             continue
         yield name, peer
 

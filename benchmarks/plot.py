@@ -50,7 +50,8 @@ def draw(rows: list[Row], path: Path) -> None:
     axes.legend(frameon=False)
     v = first["versions"]
     where = v["gpu"] or f"{v['cpu']}, {v['threads']} threads"
-    axes.set_title(f"{first['op']}, {first['dtype']}: {first['case'].partition('-')[2]}\n{where}", fontsize=10)
+    shared = [part for part in first["case"].split("-")[1:] if all(part in row["case"].split("-") for row in rows)]
+    axes.set_title(f"{first['op']}, {first['dtype']}, {' '.join(shared)}\n{where}", fontsize=10)
     figure.savefig(path, dpi=150)
 
 

@@ -115,8 +115,8 @@ def _line(
     return name, number(middle), f"{number(low)} to {number(high)}", ratio, goal, *rates, wrong, size(memory)
 
 
-def goals(rows: list[Row], left_out: list[tuple[Case, torch.dtype, Goal, str]]) -> Table:
-    """Asked beside reached, one line per goal; goals that this machine or device cannot be asked for come last."""
+def goals(rows: list[Row], missed: list[tuple[Case, torch.dtype, Goal, str]]) -> Table:
+    """Asked beside reached, one line per goal; goals that were not measured come last."""
     table = Table("op", "case", "dtype", "ran", "asked", "reached", "", title="asked beside reached")
     seen: set[tuple] = set()
     for row in rows:
@@ -129,7 +129,7 @@ def goals(rows: list[Row], left_out: list[tuple[Case, torch.dtype, Goal, str]]) 
             text = asked(goal["kind"], goal["asked"]) + (f" beside {peer}" if peer else f" ({_KINDS[goal['kind']]})")
             cells = (*key[:4], text, amount(goal["kind"], goal["reached"]))
             table.add_row(*(escape(str(cell)) for cell in cells), mark(goal["met"], goal["reason"]))
-    for case, dtype, goal, reason in left_out:
+    for case, dtype, goal, reason in missed:
         text = asked(goal.kind, goal.value) + (f" beside {goal.peer}" if goal.peer else f" ({_KINDS[goal.kind]})")
         name = str(dtype).removeprefix("torch.")
         table.add_row(case.op, escape(case.id), name, "-", escape(text), "-", mark(None, reason))

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+
 from planmill.kernels.neighbors import score_against_bank
 from planmill.kernels.neighbors.mutual_score.reference import interval, patch_to_image
 

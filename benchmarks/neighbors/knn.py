@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy
 import torch
+
 from planmill.kernels.neighbors import find_neighbors
 
 from ..cases import Case, Draw, Goal, Peer, plain

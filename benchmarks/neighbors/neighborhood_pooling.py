@@ -3,9 +3,10 @@
 from collections.abc import Callable
 
 import torch
+from torch.nn import functional as F
+
 from planmill.kernels.neighbors import pool_neighborhood
 from planmill.kernels.neighbors.neighborhood_pooling.reference import neighborhood_pooling_reference
-from torch.nn import functional as F
 
 from ..cases import Case, Draw, Peer, plain
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from itertools import pairwise
 
 import torch
+
 from planmill.kernels.neighbors import maximize_by_segment
 
 from ..cases import Case, Draw, Peer, plain

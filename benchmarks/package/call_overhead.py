@@ -1,6 +1,7 @@
 """What one call of a public function costs at 8 elements; `torch.add` of 8 elements for scale."""
 
 import torch
+
 from planmill.kernels.neighbors import find_neighbors, score_mutually
 
 from ..cases import Case, Goal, Peer

@@ -43,16 +43,17 @@ def bench(
     chosen = _choose(benchmarks, what, goals=goals, sweep=bool(plot) or (save and not goals and not quick))
     if plot is not None and not any(case.sweep for case in chosen):
         raise PlanmillError(f"--plot: nothing in {what or 'the benchmarks'} grows with a size on this device")
-    runs = benchmarks.harness.plan(chosen, settings, _dtype(benchmarks, dtype))
+    kind = _dtype(benchmarks, dtype)
+    runs = benchmarks.harness.plan(chosen, settings, kind)
     keep = save and not quick
-    rows, failures = _measure(benchmarks, settings, runs, keep=keep, as_json=as_json)
+    rows, missed, failures = _measure(benchmarks, settings, runs, keep=keep, as_json=as_json)
     by_op = benchmarks.plot.sweeps(rows)
     if keep or plot:
         for op, path in benchmarks.plot.paths(list(by_op), plot, benchmarks.harness.RESULTS).items():
             benchmarks.plot.draw(by_op[op], path)
             print(f"plot: {path}", file=sys.stderr)
-    left_out = benchmarks.harness.left_out(chosen, settings)
-    _report(benchmarks, rows, left_out, goals=goals, as_json=as_json)
+    missed += benchmarks.harness.left_out(chosen, settings, kind)
+    _report(benchmarks, rows, missed, goals=goals, as_json=as_json)
     if failures:
         raise typer.Exit(1)
 
@@ -133,8 +134,11 @@ def _choose(benchmarks: Any, what: str | None, *, goals: bool, sweep: bool) -> l
 
 def _measure(
     benchmarks: Any, settings: Any, runs: list[Any], *, keep: bool, as_json: bool
-) -> tuple[list[dict[str, Any]], int]:
-    """Run everything; rows are printed and saved as they come, so that an interrupted run has lost nothing."""
+) -> tuple[list[dict[str, Any]], list[Any], int]:
+    """Run everything: rows, goals not measured, cases that failed their check.
+
+    Rows are printed and saved as they come, so that an interrupted run has lost nothing.
+    """
     from rich.console import Console
     from rich.markup import escape
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -170,14 +174,16 @@ def _measure(
                 print(*(harness.to_json(row) for row in found), sep="\n", end="\n" if found else "", flush=True)
             if keep and found:
                 harness.save(found, settings.device)
-    return rows, failures
+    return rows, session.missed, failures
 
 
-def _report(benchmarks: Any, rows: list[dict[str, Any]], left_out: list[Any], *, goals: bool, as_json: bool) -> None:
+def _report(benchmarks: Any, rows: list[dict[str, Any]], missed: list[Any], *, goals: bool, as_json: bool) -> None:
     report = benchmarks.report
     if as_json:
-        for case, _, goal, reason in left_out:
-            print(f"not run: {case.op} {case.id}: {report.asked(goal.kind, goal.value)} ({reason})", file=sys.stderr)
+        for case, _, goal, reason in missed:
+            print(
+                f"not measured: {case.op} {case.id}: {report.asked(goal.kind, goal.value)} ({reason})", file=sys.stderr
+            )
         return
     console = report.console()
     if not rows:
@@ -187,5 +193,5 @@ def _report(benchmarks: Any, rows: list[dict[str, Any]], left_out: list[Any], *,
         if not goals:
             for group in report.cases(rows):
                 console.print(report.measurement(group))
-    if goals or left_out:
-        console.print(report.goals(rows if goals else [], left_out))
+    if goals or missed:
+        console.print(report.goals(rows if goals else [], missed))

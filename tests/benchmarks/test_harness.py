@@ -159,6 +159,7 @@ def test_a_goal_names_the_condition_that_does_not_hold(
     judged = bench.harness.judge(goal, {"ratio": 9.0}, Run(timed(1, 9), torch.float32, isa), settings)
     assert judged["reason"] == reason
     assert judged["met"] is (None if reason else True)
+    assert bench.harness.unmet(goal, "cuda", isa) == "asked of cpu"
     assert reason == "" or reason in bench.report.mark(judged["met"], judged["reason"])
 
 
@@ -172,19 +173,22 @@ def test_a_goal_without_amx_gets_a_run_of_its_own(monkeypatch: pytest.MonkeyPatc
 
 
 def test_goals_of_another_device_are_kept_with_a_reason() -> None:
-    case = timed(1.0, 2.0, goals=(Goal("gemm", 0.6),), devices=("cuda",))
+    case = timed(1.0, 2.0, goals=(Goal("gemm", 0.6, device="cuda"),), devices=("cuda",))
     ((_, _, goal, reason),) = bench.harness.left_out([case], bench.harness.Settings())
     assert (goal.value, reason.partition(":")[0]) == (0.6, "needs CUDA" if not torch.cuda.is_available() else reason)
 
 
 def test_a_peer_that_is_not_installed_is_noted() -> None:
     notes: list[str] = []
-    case = doubling(lambda x: 2 * x)
+    case = doubling(lambda x: 2 * x, goals=(Goal("ratio", 2.0, "absent"),))
     peers = {**case.peers, "absent": Peer(bench.cases.plain(abs), package="no_such_package_here")}
     shared = session()
     shared.note = notes.append
     run = Run(replace(case, peers=peers), torch.float32, bench.harness.level())
     assert [row["peer"] for row in bench.harness.execute(run, shared)] == ["it"]
+    assert [(goal.value, reason) for _, _, goal, reason in shared.missed] == [
+        (2.0, "no_such_package_here is not installed")
+    ]
     assert notes == ["doubling: no peer absent: no_such_package_here is not installed (pip install 'planmill[bench]')"]
 
 
@@ -290,10 +294,10 @@ def test_json_is_one_row_per_line(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 def test_goals_are_printed_asked_beside_reached(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run_cli(monkeypatch, "neighbors/mutual_score", "--goals", "--quick", "--dtype", "fp32") == 0
+    assert run_cli(monkeypatch, "neighbors/mutual_score", "--goals", "--quick", "--dtype", "bf16") == 0
     text = capsys.readouterr().out
     assert "asked beside reached" in text
-    assert "at least 4.00x" in text
+    assert "at least 12.0x" in text
     assert "at least 60 % of GEMM" in text
     assert "not at quick sizes" in text
 
