@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 import triton
+
 from planmill.kernels.common.triton_checks import PRODUCT_TARGETS, StaticKernel
 from planmill.kernels.common.triton_screen import BLOCK_K, Encoded, Frame, as_images, choose_frame, encode
 from planmill.kernels.common.triton_search import search_kernel, settle_kernel

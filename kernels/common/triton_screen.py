@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+
 from planmill.kernels.common.triton_checks import StaticKernel
 
 SAMPLE = 64  # rows that centre and unit are taken from

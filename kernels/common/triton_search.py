@@ -12,6 +12,7 @@ from the same tile; they go to a workspace per tile row, so that no atomic is ne
 
 import triton
 import triton.language as tl
+
 from planmill.kernels.common.triton_screen import load_row_tile, proven_error, tile_products
 
 NOWHERE = tl.constexpr(2147483647)
@@ -225,17 +226,15 @@ def settle_kernel(
     x_half_norm = tl.load(x_half_norm_ptr + o_x, mask=m_x, other=float("inf"))
     usable = (x_half_norm < float("inf")) & (best < float("inf"))
     if EXACT:
-        begin = tl.load(offsets_ptr + j).to(tl.int32)
-        end = tl.load(offsets_ptr + j + 1).to(tl.int32)
+        begin, end = tl.load(offsets_ptr + j).to(tl.int32), tl.load(offsets_ptr + j + 1).to(tl.int32)
         m_y = usable & (where >= 0)
         cost = direct_cost(x_ptr, y_ptr, 1.0 / unit, o_x, m_y, where, m_y, patches, y_patches, channels,
                            x_stride_i, x_stride_p, x_stride_c, y_stride_i, y_stride_p, y_stride_c,
                            DOT, BLOCK_R, BLOCK_C)  # fmt: skip
         x_length = tl.load(x_length_ptr + o_x, mask=m_x, other=0.0)
         x_rest = tl.load(x_residual_ptr + o_x, mask=m_x, other=0.0)
-        y_length = tl.load(y_length_ptr + j * bound_step)
-        y_rest = tl.load(y_residual_ptr + j * bound_step)
-        error = proven_error(x_length, x_rest, y_length, y_rest, rounding)
+        p_length, p_rest = y_length_ptr + j * bound_step, y_residual_ptr + j * bound_step
+        error = proven_error(x_length, x_rest, tl.load(p_length), tl.load(p_rest), rounding)
         open_rows = m_y & (second - best <= 2.02 * error)
         remaining = open_rows.to(tl.int32)
         while tl.sum(remaining, 0) > 0:
@@ -251,8 +250,8 @@ def settle_kernel(
     else:
         cost = tl.maximum(2.0 * (best + x_half_norm), 0.0)
     p_out = o_x.to(tl.int64) * segments + j
-    result = -cost if DOT else tl.sqrt(cost) * unit
-    tl.store(out_ptr + p_out, tl.where(usable, result, float("-inf") if DOT else float("inf")), mask=m_x)
+    result = tl.where(usable, -cost if DOT else tl.sqrt(cost) * unit, float("-inf") if DOT else float("inf"))
+    tl.store(out_ptr + p_out, result, mask=m_x)
     if INDICES:
         tl.store(out_where_ptr + p_out, tl.where(usable, where, -1), mask=m_x)
 

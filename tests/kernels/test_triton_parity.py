@@ -9,9 +9,10 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-import planmill.kernels as kernels
 import pytest
 import torch
+
+import planmill.kernels as kernels
 from planmill.kernels import Case, OpSpec
 
 SPECS = [spec for spec in kernels.ops().values() if (spec.cuda or "").startswith("_triton")]

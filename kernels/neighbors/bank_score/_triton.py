@@ -1,6 +1,7 @@
 """Scoring against a bank on the GPU: the search of mutual scoring, rows only. Centre and unit come from the bank."""
 
 import torch
+
 from planmill.kernels.common.triton_checks import StaticKernel
 from planmill.kernels.neighbors.mutual_score._triton import score
 

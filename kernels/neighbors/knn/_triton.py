@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import torch
 import triton
+
 from planmill.kernels.common.triton_checks import PRODUCT_TARGETS, StaticKernel
 from planmill.kernels.common.triton_match import processors
 from planmill.kernels.common.triton_screen import BLOCK_K, Encoded, Frame, choose_frame, encode

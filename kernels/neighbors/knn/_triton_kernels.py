@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+
 from planmill.kernels.common.triton_screen import proven_error, tile_products
 from planmill.kernels.common.triton_search import direct_cost
 

@@ -9,6 +9,7 @@ Nothing waits for the device: a call can be captured in a CUDA graph.
 import torch
 import triton
 import triton.language as tl
+
 from planmill.kernels.common.triton_checks import StaticKernel
 from planmill.kernels.common.triton_match import Match, match_segments
 from planmill.kernels.neighbors.mutual_score.reference import interval

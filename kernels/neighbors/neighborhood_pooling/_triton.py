@@ -8,6 +8,7 @@ atomics, every run gives the same bits. A window is read size^2 times, from L1 b
 import torch
 import triton
 import triton.language as tl
+
 from planmill.kernels.common.triton_checks import StaticKernel
 
 CHUNKS = 64  # programs that share the statistics of an image

@@ -1,6 +1,7 @@
 """Segmented maximum on the GPU: the search of mutual scoring with inner products. Offsets stay on the device."""
 
 import torch
+
 from planmill.kernels.common.triton_checks import StaticKernel
 from planmill.kernels.common.triton_match import Match, match_segments
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from planmill.kernels.common import nvrtc_checks
 from planmill.kernels.common.triton_checks import PRODUCT_TARGETS, SHARED_LIMIT
 
