@@ -29,6 +29,7 @@ struct Scorer {
   void distances_of_pairs();
   bool pack_right(Packed& right, const Frame& frame) const;
   void image(int64_t i, const Packed& left, const Packed& right, int64_t padded, float scale);
+  void settle(const Block& block, int64_t j, const float* low_right, float* column_best, Workspace& w) const;
   void exact_task(int64_t i, int64_t j, int64_t first, int64_t last, const Block& block, int64_t padded,
                   float* column_best, Workspace& w) const;
   void screened_task(int64_t i, int64_t j, int64_t first, int64_t last, const Block& block, int64_t padded,
@@ -108,7 +109,25 @@ void Scorer::exact_task(int64_t i, int64_t j, int64_t first, int64_t last, const
                          }
                        });
     for (int64_t r = 0; r < count; ++r) entry(i, p + r, j) = row_best[r];
+    if (static_cast<int64_t>(w.pending.size()) > 8 * patches) settle(block, j, low_right.data(), column_best, w);
   }
+  settle(block, j, low_right.data(), column_best, w);
+}
+
+// Evaluates the pending pairs of image j that later rows have not ruled out.
+void Scorer::settle(const Block& block, int64_t j, const float* low_right, float* column_best, Workspace& w) const {
+  size_t kept = 0;
+  for (const Pending& pair : w.pending)
+    if (pair.bound >= low_right[pair.right - j * patches]) w.pending[kept++] = pair;
+  w.pending.resize(kept);
+  const int32_t only = 0;
+  for (const Pending& pair : w.pending) {
+    float distance;
+    block.evaluate(pair.left, pair.right, &only, 1, w, &distance);
+    float& best = column_best[pair.right - j * patches];
+    best = std::min(best, distance);
+  }
+  w.pending.clear();
 }
 
 void Scorer::screened_task(int64_t i, int64_t j, int64_t first, int64_t last, const Block& block, int64_t padded,

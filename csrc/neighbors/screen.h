@@ -24,6 +24,10 @@ struct StatsView {
   float *inv, *half, *norm, *res;
 };
 
+struct Counts {
+  int64_t found, others;
+};
+
 // The kernels of one instruction set. Left rows are packed into panels of `left_panel` rows, right rows into panels of
 // `right_panel`; a packed row is `pairs` 32-bit words of two 16-bit numbers, zero-padded.
 struct ScreenKernels {
@@ -49,9 +53,10 @@ struct ScreenKernels {
   // right row (low_right; null to leave out); both are running maxima.
   void (*lower_bounds)(float* t, int64_t rows, int64_t columns, int64_t ld, StatsView left, StatsView right,
                        float* low_left, float* low_right);
-  // Columns of one row whose upper bound reaches `threshold` (left view) or low_right (right view; null to leave out).
-  int64_t (*candidates)(const float* t, int64_t columns, RowStats left, StatsView right, float threshold,
-                        const float* low_right, int32_t* found);
+  // Columns of one row that may be its best (upper bound of v >= threshold), in `found`; and columns whose best this row
+  // may be (upper bound >= low_right; null to leave out) without being in `found`, in `others` with that bound.
+  Counts (*candidates)(const float* t, int64_t columns, RowStats left, StatsView right, float threshold,
+                       const float* low_right, int32_t* found, int32_t* others, float* bounds);
   // Raw products to the largest v per left and per right row (running maxima), without bounds.
   void (*maxima)(float* t, int64_t rows, int64_t columns, int64_t ld, StatsView left, StatsView right, float* best_left,
                  float* best_right);

@@ -231,18 +231,27 @@ void lower_bounds(float* t, int64_t rows, int64_t columns, int64_t ld, StatsView
 }
 
 template <class V>
-int64_t candidates(const float* t, int64_t columns, RowStats left, StatsView right, float threshold,
-                   const float* low_right, int32_t* found) {
+Counts candidates(const float* t, int64_t columns, RowStats left, StatsView right, float threshold,
+                  const float* low_right, int32_t* found, int32_t* others, float* bounds) {
   const Bound<V> bound(left);
   const auto limit = V::set1(threshold), half = V::set1(left.half);
-  int64_t count = 0;
+  Counts counts{0, 0};
   for (int64_t c = 0; c < columns; c += V::kWidth) {
     const auto possible = V::add(V::load(t + c), bound(right.norm + c, right.res + c));
-    uint32_t mask = V::mask_ge(V::sub(possible, V::load(right.half + c)), limit);
-    if (low_right != nullptr) mask |= V::mask_ge(V::sub(possible, half), V::load(low_right + c));
-    for (; mask != 0; mask &= mask - 1) found[count++] = static_cast<int32_t>(c) + __builtin_ctz(mask);
+    uint32_t mine = V::mask_ge(V::sub(possible, V::load(right.half + c)), limit), theirs = 0;
+    if (low_right != nullptr) theirs = V::mask_ge(V::sub(possible, half), V::load(low_right + c)) & ~mine;
+    if ((mine | theirs) == 0) continue;
+    for (; mine != 0; mine &= mine - 1) found[counts.found++] = static_cast<int32_t>(c) + __builtin_ctz(mine);
+    if (theirs == 0) continue;
+    float upper[V::kWidth];
+    V::store(upper, V::sub(possible, half));
+    for (; theirs != 0; theirs &= theirs - 1) {
+      const int lane = __builtin_ctz(theirs);
+      others[counts.others] = static_cast<int32_t>(c) + lane;
+      bounds[counts.others++] = upper[lane];
+    }
   }
-  return count;
+  return counts;
 }
 
 template <class V, bool Integer>

@@ -205,6 +205,23 @@ bool Packed::pack(const Rows& rows, int64_t begin, int64_t count, const Frame& f
   return fits;
 }
 
+void Block::evaluate(int64_t row, int64_t first, const int32_t* index, int64_t count, Workspace& w, float* values) const {
+  if (count == 0) return;
+  const int64_t d = left_rows.width();
+  w.scratch.resize(static_cast<size_t>(d));
+  w.scratch_rows.resize(static_cast<size_t>(4 * d));
+  const float* x = left_rows.get(row, w.scratch.data());
+  const float* y[4];
+  for (int64_t k = 0; k < count; k += 4, values += 4) {
+    const int64_t some = std::min<int64_t>(4, count - k);
+    for (int64_t j = 0; j < some; ++j) y[j] = right_rows.get(first + index[k + j], w.scratch_rows.data() + j * d);
+    (metric == Metric::kL2 ? kernels.squared_distances : kernels.dots)(x, y, some, d, values);
+    for (int64_t j = 0; j < some; ++j)
+      values[j] = metric == Metric::kL2 ? distance_from_square(values[j], x, y[j], d)
+                                        : static_cast<float>(product_in_range(values[j], x, y[j], d));
+  }
+}
+
 float distance_from_square(float square, const float* x, const float* y, int64_t d) {
   if (square > 1.0e-30f && square < 1.0e37f) return std::sqrt(square);
   if (square == 0.0f && std::memcmp(x, y, static_cast<size_t>(d) * sizeof(float)) == 0) return 0.0f;

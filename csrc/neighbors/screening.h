@@ -84,17 +84,21 @@ float distance_from_square(float square, const float* x, const float* y, int64_t
 // The same for an inner product; in double, since a quotient of it may be in range again.
 double product_in_range(float product, const float* x, const float* y, int64_t d);
 
-// Buffers of one thread.
-struct Workspace {
-  std::vector<float> products, low_left, low_right, values, scratch, scratch_rows;
-  std::vector<int32_t> found;
-  std::vector<const float*> rows;
+// A pair of rows of one block that may be the best of its right row.
+struct Pending {
+  int32_t left, right;  // rows of the operands
+  float bound;          // the most that v can be
 };
 
-// One block of left rows against one block of right rows, exactly: multiplies, bounds, and calls
-// `visit(left row, right rows, values, count)` with the float32 distance (kL2) or inner product of every pair that could
-// be the best of its left row, or of its right row where `low_right` is given. Bounds in `low_left` and `low_right` run on
-// from block to block.
+// Buffers of one thread.
+struct Workspace {
+  std::vector<float> products, low_left, low_right, values, scratch, scratch_rows, bounds;
+  std::vector<int32_t> found, others;
+  std::vector<const float*> rows;
+  std::vector<Pending> pending;
+};
+
+// Left rows against right rows, exactly.
 struct Block {
   const ScreenKernels& kernels;
   const Packed& left;
@@ -102,18 +106,24 @@ struct Block {
   const Rows& left_rows;
   const Rows& right_rows;
   Metric metric;
+
+  // float32 distances (kL2) or inner products of left row `row` with `count` right rows `first + index[k]`.
+  void evaluate(int64_t row, int64_t first, const int32_t* index, int64_t count, Workspace& w, float* values) const;
 };
 
+// One block of left rows (panel row `left_slot`, row `left_row` of the matrix) against one block of right rows: multiplies,
+// bounds, and calls `visit(left row of the block, right rows of the block, values, count)` with every pair that may be the
+// best of its left row. Pairs that may be the best of their right row are left in `w.pending` where `low_right` is given:
+// later blocks rule most of them out. Bounds in `low_left` and `low_right` run on from block to block.
 template <class Visit>
 void visit_candidates(const Block& b, int64_t left_slot, int64_t left_row, int64_t rows, int64_t right_slot,
                       int64_t right_row, int64_t columns, float* low_left, float* low_right, Workspace& w, Visit visit) {
   const int64_t ld = b.right.padded(columns);
   w.products.resize(static_cast<size_t>(b.left.padded(rows) * ld));
   w.found.resize(static_cast<size_t>(ld));
+  w.others.resize(static_cast<size_t>(ld));
+  w.bounds.resize(static_cast<size_t>(ld));
   w.values.resize(static_cast<size_t>(ld));
-  w.rows.resize(static_cast<size_t>(ld));
-  const int64_t d = b.left_rows.width();
-  w.scratch.resize(static_cast<size_t>(d));
   b.kernels.multiply(b.left.at(left_slot), b.right.at(right_slot), b.left.panels(rows), b.right.panels(columns),
                      b.left.pairs(), w.products.data(), ld);
   const StatsView left = b.left.stats(left_slot), right = b.right.stats(right_slot);
@@ -121,21 +131,12 @@ void visit_candidates(const Block& b, int64_t left_slot, int64_t left_row, int64
   for (int64_t r = 0; r < rows; ++r) {
     if (!b.left.valid(left_slot + r)) continue;
     const RowStats own{left.inv[r], left.half[r], left.norm[r], left.res[r]};
-    const int64_t count = b.kernels.candidates(w.products.data() + r * ld, ld, own, right, low_left[r], low_right,
-                                               w.found.data());
-    const float* x = b.left_rows.get(left_row + r, w.scratch.data());
-    w.scratch_rows.resize(static_cast<size_t>(4 * d));
-    for (int64_t first = 0; first < count; first += 4) {
-      const int64_t some = count - first < 4 ? count - first : 4;
-      for (int64_t k = 0; k < some; ++k)
-        w.rows[k] = b.right_rows.get(right_row + w.found[first + k], w.scratch_rows.data() + k * d);
-      float* values = w.values.data() + first;
-      (b.metric == Metric::kL2 ? b.kernels.squared_distances : b.kernels.dots)(x, w.rows.data(), some, d, values);
-      for (int64_t k = 0; k < some; ++k)
-        values[k] = b.metric == Metric::kL2 ? distance_from_square(values[k], x, w.rows[k], d)
-                                            : static_cast<float>(product_in_range(values[k], x, w.rows[k], d));
-    }
-    visit(r, w.found.data(), w.values.data(), count);
+    const Counts counts = b.kernels.candidates(w.products.data() + r * ld, ld, own, right, low_left[r], low_right,
+                                               w.found.data(), w.others.data(), w.bounds.data());
+    for (int64_t k = 0; k < counts.others; ++k)
+      w.pending.push_back({static_cast<int32_t>(left_row + r), static_cast<int32_t>(right_row + w.others[k]), w.bounds[k]});
+    b.evaluate(left_row + r, right_row, w.found.data(), counts.found, w, w.values.data());
+    visit(r, w.found.data(), w.values.data(), counts.found);
   }
 }
 

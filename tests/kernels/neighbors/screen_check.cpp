@@ -86,6 +86,14 @@ void check(const ScreenKernels& k, int64_t rows, int64_t columns, int64_t d, int
   std::vector<float> top_left(rows, -3e38f), top_right(ld, -3e38f);
   std::vector<float> screened = raw;
   k.maxima(screened.data(), rows, ld, ld, a.view(), b.view(), top_left.data(), top_right.data());
+  std::vector<double> best_of_column(columns, -INFINITY);
+  for (int64_t c = 0; c < columns; ++c) {
+    for (int64_t r = 0; r < rows; ++r) {
+      const double value = dot(&a.x[r * d], &b.x[c * d], d) - 0.5 * dot(&a.x[r * d], &a.x[r * d], d);
+      best_of_column[c] = std::max(best_of_column[c], value);
+    }
+    expect(low_right[c] <= best_of_column[c], "the lower bound of a column", d, variant);
+  }
   for (int64_t r = 0; r < rows; ++r) {
     double best = -INFINITY;
     float screened_best = -3e38f;
@@ -104,7 +112,19 @@ void check(const ScreenKernels& k, int64_t rows, int64_t columns, int64_t d, int
     const RowStats own{a.inv[r], a.half[r], a.norm[r], a.res[r]};
     std::vector<int32_t> found(ld), listed(ld);
     std::vector<float> low(ld), high(ld), row(raw.begin() + r * ld, raw.begin() + (r + 1) * ld);
-    const int64_t count = k.candidates(&bounded[r * ld], ld, own, b.view(), low_left[r], nullptr, found.data());
+    std::vector<int32_t> others(ld);
+    std::vector<float> bounds(ld);
+    const Counts counts = k.candidates(&bounded[r * ld], ld, own, b.view(), low_left[r], low_right.data(), found.data(),
+                                       others.data(), bounds.data());
+    const int64_t count = counts.found;
+    for (int64_t c = 0; c < columns; ++c) {
+      const double own_value = dot(&a.x[r * d], &b.x[c * d], d) - 0.5 * dot(&a.x[r * d], &a.x[r * d], d);
+      if (own_value < best_of_column[c]) continue;
+      const bool listed_here = std::find(found.begin(), found.begin() + count, c) != found.begin() + count;
+      const auto place = std::find(others.begin(), others.begin() + counts.others, c) - others.begin();
+      expect(listed_here || place < counts.others, "candidates of a column", d, variant);
+      if (!listed_here && place < counts.others) expect(bounds[place] >= own_value, "the bound of a column", d, variant);
+    }
     const int64_t more = k.list_above(row.data(), ld, own, b.view(), true, low_left[r], listed.data(), low.data(), high.data());
     for (int64_t c = 0; c < columns; ++c) {
       if (value[c] < best) continue;
@@ -115,12 +135,6 @@ void check(const ScreenKernels& k, int64_t rows, int64_t columns, int64_t d, int
       expect(listed[j] < columns, "padding was listed;", d, variant);
       expect(low[j] <= value[listed[j]] && value[listed[j]] <= high[j], "the interval of list_above", d, variant);
     }
-  }
-  for (int64_t c = 0; c < columns; ++c) {
-    double best = -INFINITY;
-    for (int64_t r = 0; r < rows; ++r)
-      best = std::max(best, dot(&a.x[r * d], &b.x[c * d], d) - 0.5 * dot(&a.x[r * d], &a.x[r * d], d));
-    expect(low_right[c] <= best, "the lower bound of a column", d, variant);
   }
   std::vector<const float*> y;
   for (int64_t c = 0; c < columns; ++c) y.push_back(&b.x[c * d]);
