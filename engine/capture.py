@@ -8,8 +8,6 @@ from typing import Any, Literal
 
 import sympy
 import torch
-from planmill.engine.errors import PlanError, first_line
-from planmill.engine.manifest import DimRange, Precision, TensorSpec
 from torch._dynamo.exc import UserError
 from torch._subclasses.fake_tensor import UnsupportedOperatorException
 from torch.export import Dim, ExportedProgram
@@ -17,6 +15,9 @@ from torch.fx.experimental.symbolic_shapes import ConstraintViolationError, Guar
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
+
+from planmill.engine.errors import PlanError, first_line
+from planmill.engine.manifest import DimRange, Precision, TensorSpec
 
 Examples = torch.Tensor | Sequence[torch.Tensor] | Mapping[str, torch.Tensor]
 Layout = Literal["channels_last", "contiguous"]

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import torch
-from planmill.engine.manifest import Platform, Versions
 
 from planmill._version import __version__
+from planmill.engine.manifest import Platform, Versions
 
 # What a compiler may emit on its own under -march=native, as Linux names it in /proc/cpuinfo.
 _X86 = re.compile(

@@ -11,6 +11,7 @@ from typing import Any
 
 import safetensors
 import torch
+
 from planmill.engine.errors import PlanError, first_line
 
 

@@ -8,8 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-import planmill.kernels  # noqa: F401  the ops that a model may call
 import torch
+from pydantic import JsonValue
+
+import planmill.kernels  # noqa: F401  the ops that a model may call
 from planmill.engine.capture import BATCH, Captured, Dynamic, Examples, capture
 from planmill.engine.errors import PlanError
 from planmill.engine.machine import these_versions, this_machine
@@ -17,7 +19,6 @@ from planmill.engine.manifest import FORMAT_VERSION, Manifest, Payload, Precisio
 from planmill.engine.plan import Plan, check_destination, describe_payload, write_plan
 from planmill.engine.targets import find_target
 from planmill.engine.verify import TOLERANCES, Sampler, verify
-from pydantic import JsonValue
 
 Progress = Callable[[str, float], None]
 

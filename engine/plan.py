@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, BinaryIO
 
+from pydantic import ValidationError
+
 from planmill.engine.errors import PlanError
 from planmill.engine.machine import release, these_versions, this_machine
 from planmill.engine.manifest import FORMAT_VERSION, Manifest, Payload
-from pydantic import ValidationError
 
 _MANIFEST = "manifest.json"
 _LARGEST_MANIFEST = 8 << 20

@@ -9,8 +9,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
 
-import planmill.kernels  # noqa: F401  a plan may call our ops: importing registers them
 import torch
+
+import planmill.kernels  # noqa: F401  a plan may call our ops: importing registers them
 from planmill.engine.errors import PlanError
 from planmill.engine.manifest import Manifest, TensorSpec
 from planmill.engine.plan import Plan

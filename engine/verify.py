@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+
 from planmill.engine.capture import Captured, resized
 from planmill.engine.errors import PlanError
 from planmill.engine.manifest import DimRange, OutputReceipt, Precision, Receipt, TensorSpec, Tolerance

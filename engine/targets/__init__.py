@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Protocol, cast
 
 import torch
+
 from planmill.engine.capture import Captured
 from planmill.engine.errors import PlanError
 

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompiler, OperatorIssue
+
 from planmill.engine.capture import Captured, custom_overloads
 from planmill.engine.errors import PlanError, first_line
 from planmill.engine.targets import Runner
-from torch._inductor.cpp_builder import get_cpp_compiler
-from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompiler, OperatorIssue
 
 _PAYLOAD = "aoti.pt2"
 # What a compiled plan can pass to a custom op; inside Optional and List too.

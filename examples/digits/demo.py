@@ -17,12 +17,12 @@ import model as digits
 import numpy as np
 import torch
 from PIL import Image
-from planmill.engine import DynamicDim, Session, build
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from sklearn.metrics import roc_auc_score
 
+from planmill.engine import DynamicDim, Session, build
 from planmill.inspection import Inspection, Settings, inspect_pictures
 
 if TYPE_CHECKING:

@@ -4,6 +4,7 @@ import importlib.util
 from dataclasses import dataclass
 
 import torch
+
 from planmill.kernels.common import cpu
 from planmill.kernels.common.spec import NAMESPACE, REGISTRY, OpSpec
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+
 from planmill.kernels.common import cpu
 from planmill.kernels.common.spec import NAMESPACE, REGISTRY, OpSpec
 

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+
 from planmill.engine import DynamicDim, Plan, build
 from planmill.engine.plan import write_plan
-from torch import nn
 
 
 class Perceptron(nn.Module):

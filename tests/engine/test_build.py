@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 import torch._inductor.config
+from torch import nn
+
 from planmill.engine import DynamicDim, Plan, PlanError, Session, Tolerance, build, capture, targets
 from planmill.engine.verify import compare, plan_cases, verify
-from torch import nn
 
 
 @pytest.fixture

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from planmill.engine import BATCH, DynamicDim, PlanError, capture
 from torch import nn
+
+from planmill.engine import BATCH, DynamicDim, PlanError, capture
 
 
 class Calls(nn.Module):

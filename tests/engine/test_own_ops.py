@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+
 from planmill.engine import DynamicDim, PlanError, Session, build
 from planmill.kernels.neighbors.mutual_score import score_mutually
-from torch import nn
 
 LIBRARY = torch.library.Library("planmilltest", "FRAGMENT")
 LIBRARY.define("scale_and_shift(Tensor x, float scale, int shift, bool negate, str how) -> (Tensor, Tensor)")

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from planmill.engine import Plan, PlanError, Session
 from planmill.engine import machine as machine_module
 from planmill.engine.machine import this_machine

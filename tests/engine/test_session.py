@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from planmill.engine import Plan, PlanError, Session
 from torch import nn
+
+from planmill.engine import Plan, PlanError, Session
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 7, 9])

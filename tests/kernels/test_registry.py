@@ -4,10 +4,10 @@ import itertools
 
 import pytest
 import torch
-from planmill.kernels.common import cpu
-from planmill.kernels.common.spec import Case, OpSpec
 
 from planmill import kernels
+from planmill.kernels.common import cpu
+from planmill.kernels.common.spec import Case, OpSpec
 
 SPECS = list(kernels.ops().values())
 

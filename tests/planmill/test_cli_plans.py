@@ -10,12 +10,12 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from planmill.engine import DynamicDim, Session, capture
-from planmill.engine.models import load_model
 from safetensors.torch import save_file
 
 from planmill.cli import main
 from planmill.cli.build import _examples, _own_inputs
+from planmill.engine import DynamicDim, Session, capture
+from planmill.engine.models import load_model
 
 FACTORY = """
 import torch

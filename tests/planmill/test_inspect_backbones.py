@@ -155,6 +155,7 @@ def test_a_convolutional_model_is_no_vit(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["Dinov2", "ViT", "CLIPVision", "Dinov2WithRegisters"])
 def test_a_transformers_vit_gives_its_hidden_states(tmp_path: Path, kind: str) -> None:
     import transformers
+
     from planmill.engine import capture
 
     torch.manual_seed(0)

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from planmill.kernels.neighbors.mutual_score import score_mutually
-from planmill.kernels.neighbors.neighborhood_pooling import pool_neighborhood
 
 from planmill.inspection.backbones import Backbone
 from planmill.inspection.features import finite_pictures
 from planmill.inspection.pipeline import Stopwatch
 from planmill.inspection.plans import plan_batch
 from planmill.inspection.scoring import interpolate_maps, score_patches, score_pictures
+from planmill.kernels.neighbors.mutual_score import score_mutually
+from planmill.kernels.neighbors.neighborhood_pooling import pool_neighborhood
 
 
 def quiet(stage: str, done: int, total: int) -> None:

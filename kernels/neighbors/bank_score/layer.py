@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 
 import torch
+from torch import nn
+
 from planmill.kernels.neighbors.bank_score.op import score_against_bank
 from planmill.kernels.neighbors.mutual_score.op import score_mutually
-from torch import nn
 
 FORMAT = "planmill.mutual_scorer/1"
 

@@ -1,6 +1,7 @@
 """bank_score: schema, shape rule, checks and the public function."""
 
 import torch
+
 from planmill.kernels.common.checks import check_alike, check_rank
 from planmill.kernels.common.registration import register
 from planmill.kernels.common.spec import OpSpec

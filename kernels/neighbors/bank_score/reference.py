@@ -1,6 +1,7 @@
 """MSM of new images against stored ones, in float64."""
 
 import torch
+
 from planmill.kernels.neighbors.mutual_score.reference import interval, nearby, patch_to_image
 
 

@@ -3,6 +3,7 @@
 from functools import partial
 
 import torch
+
 from planmill.kernels.common.inputs import integers, normal, poison_row, strided, unit
 from planmill.kernels.common.spec import Case
 

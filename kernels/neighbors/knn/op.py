@@ -1,6 +1,7 @@
 """knn: schema, shape rule, checks and the public function."""
 
 import torch
+
 from planmill.kernels.common.checks import check_alike, check_choice, check_float, check_int32_range, check_rank
 from planmill.kernels.common.registration import register
 from planmill.kernels.common.spec import OpSpec

@@ -1,6 +1,7 @@
 """Inputs of mutual_score that tests, benchmarks and plan checks share."""
 
 import torch
+
 from planmill.kernels.common.inputs import integers, normal, poison_row, strided, unit
 from planmill.kernels.common.spec import Case
 

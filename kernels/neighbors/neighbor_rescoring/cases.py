@@ -1,6 +1,7 @@
 """Inputs of neighbor_rescoring that tests, benchmarks and plan checks share."""
 
 import torch
+
 from planmill.kernels.common.inputs import normal, unit
 from planmill.kernels.common.spec import Case
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+
 from planmill.kernels.common.checks import check_alike, check_float, check_rank
 from planmill.kernels.common.registration import register
 from planmill.kernels.common.spec import OpSpec

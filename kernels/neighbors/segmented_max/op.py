@@ -1,6 +1,7 @@
 """segmented_max: schema, shape rule, checks and the public function."""
 
 import torch
+
 from planmill.kernels.common.checks import check_alike, check_float, check_int32_range, check_rank
 from planmill.kernels.common.registration import register
 from planmill.kernels.common.spec import OpSpec

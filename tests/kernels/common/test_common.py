@@ -5,11 +5,11 @@ import sys
 
 import pytest
 import torch
+
+from planmill import kernels
 from planmill.kernels.common import backends, cpu, registration
 from planmill.kernels.common.inputs import poison_row, strided
 from planmill.kernels.common.spec import REGISTRY, Case, OpSpec
-
-from planmill import kernels
 
 
 def run(code: str) -> str:

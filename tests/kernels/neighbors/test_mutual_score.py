@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from planmill.kernels.neighbors import MutualScorer, score_against_bank, score_mutually
 from torch.nn import functional as F
+
+from planmill.kernels.neighbors import MutualScorer, score_against_bank, score_mutually
 
 
 def unit(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from planmill.kernels.neighbors import pool_neighborhood, rescore_by_neighbors
 from torch.nn import functional as F
+
+from planmill.kernels.neighbors import pool_neighborhood, rescore_by_neighbors
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -3,8 +3,9 @@
 import faiss
 import pytest
 import torch
-from planmill.kernels.neighbors import find_neighbors, maximize_by_segment
 from sklearn.neighbors import NearestNeighbors
+
+from planmill.kernels.neighbors import find_neighbors, maximize_by_segment
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
