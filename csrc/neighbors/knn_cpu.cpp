@@ -65,7 +65,7 @@ void Query::evaluate(const float* x, const int32_t* index, int64_t count, Neighb
         value = -static_cast<float>(product_in_range(value, x, rows[j], d));
       } else {
         const double both = own * length_of_row(rows[j], d);
-        value = static_cast<float>(1.0 - (both > 0.0 ? product_in_range(value, x, rows[j], d) / both : 0.0));
+        value = static_cast<float>(1.0 - (both == 0.0 ? 0.0 : product_in_range(value, x, rows[j], d) / both));
       }
       out[first + j] = {value, index[first + j]};
     }

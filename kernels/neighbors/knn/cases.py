@@ -91,6 +91,14 @@ def cases() -> list[Case]:
             ),
         ),
         Case(
+            "nan_cosine",
+            lambda t, g: (poison_row(unit(g, t, 9, 8), 3), poison_row(unit(g, t, 40, 8), 7), 40, "cosine", False, True),
+        ),
+        Case(
+            "infinity_cosine",
+            lambda t, g: (unit(g, t, 20, 24), poison_row(unit(g, t, 600, 24), 7, torch.inf), 9, "cosine", False, True),
+        ),
+        Case(
             "zero_rows",
             lambda t, g: (
                 unit(g, t, 14, 8) * (torch.arange(14) > 2)[:, None],

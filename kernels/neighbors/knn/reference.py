@@ -13,7 +13,7 @@ def knn_reference(
     valid = q.isfinite().all(1)[:, None] & x.isfinite().all(1)[None]
     if exclude_self:
         valid = valid & ~torch.eye(len(q), dtype=torch.bool, device=q.device)
-    q, x = q.nan_to_num(), x.nan_to_num()
+    q, x = (t.nan_to_num(0, 0, 0) for t in (q, x))
     if metric in ("l2", "l2sq"):
         distance = torch.cdist(q, x, compute_mode="donot_use_mm_for_euclid_dist")
         distance = distance**2 if metric == "l2sq" else distance

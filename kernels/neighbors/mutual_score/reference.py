@@ -23,7 +23,9 @@ def nearby(patches: int, radius: float, width: int, device: torch.device) -> tor
 def patch_to_image(z: torch.Tensor, other: torch.Tensor, near: torch.Tensor) -> torch.Tensor:
     """a_p = min over q of |z_p - other_q| for patches p of one image and q of another; [P]."""
     valid = z.isfinite().all(1)[:, None] & other.isfinite().all(1)[None] & near
-    distance = torch.cdist(z.nan_to_num(), other.nan_to_num(), compute_mode="donot_use_mm_for_euclid_dist")
+    distance = torch.cdist(
+        z.nan_to_num(0, 0, 0), other.nan_to_num(0, 0, 0), compute_mode="donot_use_mm_for_euclid_dist"
+    )
     return torch.where(valid, distance, torch.inf).amin(1)
 
 

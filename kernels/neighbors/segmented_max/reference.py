@@ -11,7 +11,7 @@ def segmented_max_reference(
     """Values [n, S] float32 and indices [n, S] int32 into the database; -inf and -1 for a segment without a match."""
     q, x = queries.double(), database.double()
     valid = q.isfinite().all(1)[:, None] & x.isfinite().all(1)[None]
-    similarity = torch.where(valid, q.nan_to_num() @ x.nan_to_num().T, -torch.inf)
+    similarity = torch.where(valid, q.nan_to_num(0, 0, 0) @ x.nan_to_num(0, 0, 0).T, -torch.inf)
     bounds = offsets.tolist()
     values, indices = [], []
     for begin, end in pairwise(bounds):
