@@ -31,7 +31,9 @@ def asked(row: Row) -> str:
 
 def table(rows: list[Row]) -> str:
     """Markdown; one line per row, best machine facts once above it."""
-    machines = sorted({f"{row['versions']['cpu']}, {row['versions']['threads']} threads, {row['impl']}" for row in rows})
+    machines = sorted(
+        {f"{row['versions']['cpu']}, {row['versions']['threads']} threads, {row['impl']}" for row in rows}
+    )
     lines = [f"Medians on {'; '.join(machines)}. Peers run in turns with ours in one process.", "", HEAD]
     lines += [
         f"| `{row['op']}`, {row['case']} | {row['dtype']} | {row['peer']} | {row['ratio']:.2f} | {asked(row)} "

@@ -64,7 +64,7 @@ bool Search::attempt(const Frame& frame) {
   const int64_t d = queries.width(), row_bytes = 2 * d + 64;
   const int64_t group = std::max<int64_t>(kernels.left_rows, kPackedBytes / row_bytes);
   Packed left(kernels, Packed::Side::kLeft, std::min(group, queries.count()), d);
-  const int64_t chunk = left.padded(kernels.left_rows);
+  const int64_t chunk = even_block(std::min(group, queries.count()), kernels.left_rows, kernels.left_panel, 1);
   for (int64_t first = 0; first < segments();) {
     int64_t last = first, slots_used = 0;
     do slots_used += round_up(offsets[last + 1] - offsets[last], kernels.right_panel), ++last;

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <limits>
 #include <string_view>
 
@@ -162,6 +163,14 @@ class Shortlist {
  public:
   explicit Shortlist(int64_t k) : k_(static_cast<size_t>(k)), capacity_(3 * k_ + 96) {}
   float threshold() const { return threshold_; }
+  // A first threshold from the largest lower bounds of disjoint groups of rows: the k-th largest of them has k rows at or
+  // above it. One row more where the query itself may be among them. Overwrites `bounds`.
+  void start(float* bounds, int64_t groups, bool holds_self) {
+    const auto k = static_cast<int64_t>(k_) + holds_self;
+    if (groups < k) return;
+    std::nth_element(bounds, bounds + k - 1, bounds + groups, std::greater<>());
+    threshold_ = std::max(threshold_, bounds[k - 1]);
+  }
   void add(float low, float high, int32_t index) {
     if (high < threshold_) return;
     low_.push_back(low);
@@ -208,8 +217,8 @@ struct Screen {
 
 bool Screen::run(float* values, int32_t* indices) const {
   const int64_t n = q.queries.count(), m = q.database.count(), d = q.queries.width();
-  const int64_t chunk = round_up(q.kernels.left_rows, q.kernels.left_panel);
-  const int64_t group = std::min(n, std::max(chunk, kQueryBytes / (2 * d + 64) / chunk * chunk));
+  const int64_t group = std::min(n, std::max(q.kernels.left_rows, kQueryBytes / (2 * d + 64)));
+  const int64_t chunk = even_block(group, q.kernels.left_rows, q.kernels.left_panel, at::get_num_threads());
   Packed left(q.kernels, Packed::Side::kLeft, group, d);
   Packed right(q.kernels, Packed::Side::kRight, std::min(kPackedRows, m), d);
   for (int64_t first = 0; first < n; first += group) {
@@ -257,6 +266,11 @@ void Screen::screen(const Packed& left, const Packed& right, int64_t slot, int64
     for (int64_t r = 0; r < count; ++r) {
       if (!left.valid(slot + r)) continue;
       const RowStats stats{own.inv[r], own.half[r], own.norm[r], own.res[r]};
+      if (lists[r].threshold() <= kLowest) {
+        const int64_t groups = q.kernels.group_bounds(w.products.data() + r * ld, ld, stats, right.stats(c), exact,
+                                                      w.low_left.data());
+        lists[r].start(w.low_left.data(), groups, q.exclude_self);
+      }
       const int64_t listed = q.kernels.list_above(w.products.data() + r * ld, ld, stats, right.stats(c), exact,
                                                   lists[r].threshold(), w.found.data(), w.low_left.data(), w.low_right.data());
       for (int64_t j = 0; j < listed; ++j) {

@@ -64,11 +64,11 @@ void Scorer::distances_of_pairs() {
 
 // Image i against all later ones. Tasks are (image, slice of the patches of i): as few slices as keep the threads even.
 void Scorer::image(int64_t i, const Packed& left, const Packed& right, int64_t padded, float scale) {
-  const int64_t others = images - 1 - i, chunk = left.padded(kernels.left_rows), threads = at::get_num_threads();
-  const int64_t chunks = (patches + chunk - 1) / chunk;
+  const int64_t others = images - 1 - i, threads = at::get_num_threads();
+  const int64_t most = (patches + kernels.left_rows - 1) / kernels.left_rows;
   int64_t slices = 1;
-  while (slices < chunks && (others * slices) % threads != 0 && others * slices < 8 * threads) ++slices;
-  const int64_t step = (chunks + slices - 1) / slices * chunk;
+  while (slices < most && (others * slices) % threads != 0 && others * slices < 8 * threads) ++slices;
+  const int64_t step = even_block(patches, (patches + slices - 1) / slices, kernels.left_panel, 1);
   std::vector<float> column_best(static_cast<size_t>(others * slices * patches), kInfinity);
   const Block block{kernels, left, right, rows, rows, Metric::kL2};
   at::parallel_for(0, others * slices, 1, [&](int64_t begin, int64_t end) {
@@ -90,7 +90,7 @@ void Scorer::image(int64_t i, const Packed& left, const Packed& right, int64_t p
 
 void Scorer::exact_task(int64_t i, int64_t j, int64_t first, int64_t last, const Block& block, int64_t padded,
                         float* column_best, Workspace& w) const {
-  const int64_t chunk = block.left.padded(kernels.left_rows);
+  const int64_t chunk = even_block(last - first, kernels.left_rows, kernels.left_panel, 1);
   std::vector<float> low_right(static_cast<size_t>(padded), kLowest);
   for (int64_t q = 0; q < padded; ++q)
     if (!block.right.valid(j * padded + q)) low_right[q] = kInfinity;
@@ -132,7 +132,7 @@ void Scorer::settle(const Block& block, int64_t j, const float* low_right, float
 
 void Scorer::screened_task(int64_t i, int64_t j, int64_t first, int64_t last, const Block& block, int64_t padded,
                            float* column_best, float scale, Workspace& w) const {
-  const int64_t chunk = block.left.padded(kernels.left_rows);
+  const int64_t chunk = even_block(last - first, kernels.left_rows, kernels.left_panel, 1);
   const auto distance = [&](float half, float v) { return std::sqrt(std::max(0.0f, 2.0f * (half - v))) / scale; };
   std::vector<float> best_right(static_cast<size_t>(padded), kLowest), best_left(static_cast<size_t>(chunk));
   const StatsView right = block.right.stats(j * padded);

@@ -60,6 +60,9 @@ struct ScreenKernels {
   // Raw products to the largest v per left and per right row (running maxima), without bounds.
   void (*maxima)(float* t, int64_t rows, int64_t columns, int64_t ld, StatsView left, StatsView right, float* best_left,
                  float* best_right);
+  // The largest lower bound (without `bounded`, value) of v in disjoint groups of up to eight columns of one row of raw
+  // products; returns the number of groups, columns / 8 where the columns fill its vectors.
+  int64_t (*group_bounds)(const float* t, int64_t columns, RowStats left, StatsView right, bool bounded, float* out);
   // Raw products of one row to v; columns with v (+ bound if `bounded`) >= threshold are listed with lower and upper
   // bounds of v.
   int64_t (*list_above)(float* t, int64_t columns, RowStats left, StatsView right, bool bounded, float threshold,

@@ -104,6 +104,7 @@ const ScreenKernels* screen_amx() {
                                             &lower_bounds<Vec, false>,
                                             &candidates<Vec>,
                                             &maxima<Vec, false>,
+                                            &group_bounds<Vec, false>,
                                             &list_above<Vec, false>,
                                             &against_all<Vec, true>,
                                             &against_all<Vec, false>};

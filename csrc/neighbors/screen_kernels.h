@@ -273,6 +273,23 @@ void maxima(float* t, int64_t rows, int64_t columns, int64_t ld, StatsView left,
 }
 
 template <class V, bool Integer>
+int64_t group_bounds(const float* t, int64_t columns, RowStats left, StatsView right, bool bounded, float* out) {
+  const Bound<V> bound(left);
+  const auto inv = V::set1(left.inv);
+  int64_t groups = 0;
+  for (int64_t first = 0; first + 8 * V::kWidth <= columns; first += 8 * V::kWidth, groups += V::kWidth) {
+    auto best = V::set1(kLowest);
+    for (int64_t c = first; c < first + 8 * V::kWidth; c += V::kWidth) {
+      const auto product = V::mul(V::mul(raw_product<V, Integer>(t + c), inv), V::load(right.inv + c));
+      const auto value = V::sub(product, V::load(right.half + c));
+      best = V::max(bounded ? V::sub(value, bound(right.norm + c, right.res + c)) : value, best);
+    }
+    V::store(out + groups, best);
+  }
+  return groups;
+}
+
+template <class V, bool Integer>
 int64_t list_above(float* t, int64_t columns, RowStats left, StatsView right, bool bounded, float threshold,
                    int32_t* found, float* low, float* high) {
   const Bound<V> bound(left);
@@ -352,6 +369,7 @@ constexpr ScreenKernels integer_kernels(const char* name, int64_t left_rows) {
           &lower_bounds<V, true>,
           &candidates<V>,
           &maxima<V, true>,
+          &group_bounds<V, true>,
           &list_above<V, true>,
           &against_all<V, true>,
           &against_all<V, false>};

@@ -128,6 +128,12 @@ Frame frame_of(const Rows& rows, Metric metric, const Rows* others, bool whole) 
   return frame;
 }
 
+int64_t even_block(int64_t rows, int64_t most, int64_t panel, int64_t threads) {
+  int64_t blocks = std::max<int64_t>(1, (rows + most - 1) / most);
+  if (blocks > threads) blocks = round_up(blocks, threads);
+  return round_up((rows + blocks - 1) / blocks, panel);
+}
+
 Packed::Packed(const ScreenKernels& kernels, Side side, int64_t capacity, int64_t d)
     : kernels_(kernels),
       side_(side),

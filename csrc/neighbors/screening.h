@@ -43,6 +43,10 @@ Frame frame_of(const Rows& rows, Metric metric, const Rows* others, bool whole);
 // `rows` rounded up to whole panels.
 inline int64_t round_up(int64_t rows, int64_t panel) { return (rows + panel - 1) / panel * panel; }
 
+// Left rows per block: at most `most`, in whole panels, so that the blocks of `rows` are equally long, and as many as a
+// multiple of `threads` where one thread alone would have several.
+int64_t even_block(int64_t rows, int64_t most, int64_t panel, int64_t threads);
+
 // Rows packed as the left or the right operand of ScreenKernels::multiply.
 class Packed {
  public:

@@ -68,52 +68,53 @@ def _fake(spec: OpSpec) -> Callable[..., Any]:
     return run
 
 
-class _Recompute(torch.autograd.Function):
-    """Gradient of an op by running its reference again under autograd."""
+class _Differentiate(torch.autograd.Function):
+    """Gradient of an op: its own, or that of its reference run again."""
 
     @staticmethod
     def forward(ctx: Any, spec: OpSpec, *args: Any) -> Any:
         ctx.spec = spec
         ctx.is_tensor = [isinstance(a, torch.Tensor) for a in args]
         ctx.constants = [None if t else a for a, t in zip(args, ctx.is_tensor, strict=True)]
-        ctx.save_for_backward(*(a for a in args if isinstance(a, torch.Tensor)))
         with torch._C._AutoDispatchBelowAutograd():
             out = spec.op(*args)
         outputs = out if isinstance(out, tuple) else (out,)
+        saved = [a for a in args if isinstance(a, torch.Tensor)]
+        ctx.save_for_backward(*saved, *(outputs if spec.backward else ()))
         ctx.mark_non_differentiable(*(o for o in outputs if not o.is_floating_point()))
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
-        tensors = iter(ctx.saved_tensors)
-        args: list[Any] = []
-        inputs: list[torch.Tensor] = []
-        where: list[int] = []
-        for index, constant in enumerate(ctx.constants):
-            if not ctx.is_tensor[index]:
-                args.append(constant)
-                continue
-            tensor = next(tensors)
-            if ctx.needs_input_grad[index + 1]:
-                tensor = tensor.detach().requires_grad_()
-                inputs.append(tensor)
-                where.append(index)
-            args.append(tensor)
-        with torch.enable_grad():
-            out = ctx.spec.reference(*args)
-        outputs = out if isinstance(out, tuple) else (out,)
-        pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
-        result: list[torch.Tensor | None] = [None] * (len(args) + 1)
-        if pairs:
-            found = torch.autograd.grad([o for o, _ in pairs], inputs, [g for _, g in pairs], allow_unused=True)
-            for index, gradient in zip(where, found, strict=True):
-                result[index + 1] = gradient
-        return tuple(result)
+        saved = iter(ctx.saved_tensors)
+        args = tuple(
+            next(saved) if tensor else constant for tensor, constant in zip(ctx.is_tensor, ctx.constants, strict=True)
+        )
+        if ctx.spec.backward is not None:
+            return (None, *ctx.spec.backward(args, tuple(saved), grads))
+        return (None, *_recompute(ctx.spec.reference, args, ctx.needs_input_grad[1:], grads))
+
+
+def _recompute(
+    reference: Callable[..., Any], args: tuple, needed: tuple[bool, ...], grads: tuple[torch.Tensor | None, ...]
+) -> list[torch.Tensor | None]:
+    """Gradients of `reference` with respect to the arguments that need one."""
+    again = [a.detach().requires_grad_() if need else a for a, need in zip(args, needed, strict=True)]
+    with torch.enable_grad():
+        out = reference(*again)
+    outputs = out if isinstance(out, tuple) else (out,)
+    pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
+    result: list[torch.Tensor | None] = [None] * len(args)
+    if pairs:
+        inputs = [a for a, need in zip(again, needed, strict=True) if need]
+        found = iter(torch.autograd.grad([o for o, _ in pairs], inputs, [g for _, g in pairs], allow_unused=True))
+        result = [next(found) if need else None for need in needed]
+    return result
 
 
 def _register_autograd(spec: OpSpec) -> None:
     def differentiate(*args: Any) -> Any:
-        return _Recompute.apply(spec, *args)
+        return _Differentiate.apply(spec, *args)
 
     if not spec.differentiable:
         _LIBRARY.impl(spec.name, torch.library.fallthrough_kernel, "Autograd")

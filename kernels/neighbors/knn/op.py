@@ -1,6 +1,7 @@
 """knn: schema, shape rule, checks and the public function."""
 
 import torch
+from torch.nn import functional as F
 
 from planmill.kernels.common.checks import check_alike, check_choice, check_float, check_int32_range, check_rank
 from planmill.kernels.common.registration import register
@@ -9,6 +10,37 @@ from planmill.kernels.neighbors.knn.cases import cases, compare
 from planmill.kernels.neighbors.knn.reference import METRICS, knn_reference
 
 MAX_K = 1024
+
+
+def distances_of(queries: torch.Tensor, rows: torch.Tensor, metric: str) -> torch.Tensor:
+    """Distances [n, k] of queries [n, d] to rows [n, k, d]; similarities for "dot"."""
+    q = queries[:, None]
+    if metric == "dot":
+        return (q * rows).sum(2)
+    if metric == "cosine":
+        tiny = torch.finfo(queries.dtype).tiny
+        return 1 - (F.normalize(q, dim=2, eps=tiny) * F.normalize(rows, dim=2, eps=tiny)).sum(2)
+    squared = ((q - rows) ** 2).sum(2)
+    return squared if metric == "l2sq" else torch.linalg.vector_norm(q - rows, dim=2)
+
+
+def backward(args: tuple, outputs: tuple, grads: tuple) -> tuple:
+    """Gradient of the distances through the k rows found; the n x m matrix is not needed for it either."""
+    queries, database, _, metric, _, _ = args
+    indices, gradient = outputs[1], grads[0]
+    if database.shape[0] == 0:
+        return torch.zeros_like(queries), torch.zeros_like(database), None, None, None, None
+    chosen = indices.clamp_min(0).long()
+    q = queries.detach().double().requires_grad_()
+    rows = database.detach()[chosen].double().requires_grad_()
+    with torch.enable_grad():
+        distances = distances_of(q, rows, metric)
+    weight = torch.where(indices >= 0, gradient, 0).double()
+    for_queries, for_rows = torch.autograd.grad(distances, (q, rows), weight)
+    for_database = torch.zeros_like(database, dtype=torch.float64)
+    for_database = for_database.index_add(0, chosen.flatten(), for_rows.flatten(0, 1))
+    return for_queries.to(queries.dtype), for_database.to(database.dtype), None, None, None, None
+
 
 SPEC = OpSpec(
     schema="knn(Tensor queries, Tensor database, int k, str metric, bool exclude_self, bool exact) -> (Tensor, Tensor)",
@@ -19,6 +51,7 @@ SPEC = OpSpec(
     reference=knn_reference,
     cases=cases,
     compare=compare,
+    backward=backward,
     cpu="C++",
     cuda="_triton:launch",
 )

@@ -8,6 +8,23 @@ from planmill.kernels.common.spec import OpSpec
 from planmill.kernels.neighbors.segmented_max.cases import cases, compare
 from planmill.kernels.neighbors.segmented_max.reference import segmented_max_reference
 
+
+def backward(args: tuple, outputs: tuple, grads: tuple) -> tuple:
+    """Gradient of the values: each reaches one query and the row that its index names."""
+    queries, database, _ = args
+    indices, gradient = outputs[1], grads[0]
+    if database.shape[0] == 0:
+        return torch.zeros_like(queries), torch.zeros_like(database), None
+    found = indices >= 0
+    rows = indices.clamp_min(0).flatten().long()
+    weight = torch.where(found, gradient, 0).double()
+    picked = database[rows].view(*indices.shape, -1).double()
+    for_queries = (weight[..., None] * picked).sum(1)
+    spread = (weight[..., None] * queries.double()[:, None]).flatten(0, 1)
+    for_database = torch.zeros_like(database, dtype=torch.float64).index_add(0, rows, spread)
+    return for_queries.to(queries.dtype), for_database.to(database.dtype), None
+
+
 SPEC = OpSpec(
     schema="segmented_max(Tensor queries, Tensor database, Tensor offsets) -> (Tensor, Tensor)",
     outputs=lambda queries, database, offsets: [
@@ -17,6 +34,7 @@ SPEC = OpSpec(
     reference=segmented_max_reference,
     cases=cases,
     compare=compare,
+    backward=backward,
     cpu="C++",
     cuda="_triton:launch",
 )

@@ -131,6 +131,15 @@ void check(const ScreenKernels& k, int64_t rows, int64_t columns, int64_t d, int
       expect(std::find(found.begin(), found.begin() + count, c) != found.begin() + count, "candidates", d, variant);
       expect(std::find(listed.begin(), listed.begin() + more, c) != listed.begin() + more, "list_above", d, variant);
     }
+    std::vector<float> groups(ld);
+    const std::vector<float> fresh(raw.begin() + r * ld, raw.begin() + (r + 1) * ld);
+    const int64_t count_of_groups = k.group_bounds(fresh.data(), ld, own, b.view(), true, groups.data());
+    for (int64_t g = 0; g < count_of_groups; ++g) {
+      int64_t at_or_above = 0, groups_above = 0;
+      for (int64_t c = 0; c < columns; ++c) at_or_above += value[c] >= groups[g];
+      for (int64_t other = 0; other < count_of_groups; ++other) groups_above += groups[other] >= groups[g];
+      expect(groups[g] <= -2e38f || at_or_above >= groups_above, "group_bounds", d, variant);
+    }
     for (int64_t j = 0; j < more; ++j) {
       expect(listed[j] < columns, "padding was listed;", d, variant);
       expect(low[j] <= value[listed[j]] && value[listed[j]] <= high[j], "the interval of list_above", d, variant);
@@ -152,7 +161,7 @@ void check(const ScreenKernels& k, int64_t rows, int64_t columns, int64_t d, int
 int main() {
   const ScreenKernels& k = *KERNELS();
   for (int64_t d : {1, 2, 3, 15, 16, 31, 33, 64, 127, 513, 1024, 1100})
-    for (int variant = 0; variant < 5; ++variant) check(k, 2 * k.left_panel + 1, 2 * k.right_panel + 3, d, variant);
+    for (int variant = 0; variant < 5; ++variant) check(k, 2 * k.left_panel + 1, 9 * k.right_panel + 3, d, variant);
   check(k, 1, 1, 7, 0);
   std::printf("%s: %d failures\n", k.name, failures);
   return failures != 0;

@@ -101,6 +101,16 @@ def test_segments_equal_the_plain_formula() -> None:
         assert torch.equal(indices[:, k].long(), best.indices + a)
 
 
+def test_gradients_of_an_empty_database_are_zero() -> None:
+    q, x = normal(3, 4).requires_grad_(), normal(0, 4).requires_grad_()
+    find_neighbors(q, x, 2)[0].nan_to_num(posinf=0).sum().backward()
+    assert q.grad is not None
+    assert not q.grad.any()
+    q.grad = None
+    maximize_by_segment(q, x, torch.tensor([0, 0]))[0].nan_to_num(neginf=0).sum().backward()
+    assert not q.grad.any()
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
