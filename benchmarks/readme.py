@@ -1,4 +1,4 @@
-"""The README's table of measured ratios, from the newest rows in results/. `python benchmarks/readme.py` writes it in."""
+"""The README's table of measured ratios, from the newest rows in results/; `python benchmarks/readme.py` writes it."""
 
 import json
 from pathlib import Path

@@ -27,6 +27,23 @@ def check_alike(op: str, name: str, x: torch.Tensor, first_name: str, first: tor
         raise ValueError(f"{op}: {name} must be on {first.device} like {first_name}, got {x.device}")
 
 
+def check_matrices(op: str, queries: torch.Tensor, database: torch.Tensor) -> None:
+    """Raise unless `queries` [n, D] and `database` [m, D] are float matrices of one width, dtype and device."""
+    if (
+        queries.dim() == 2 == database.dim()
+        and queries.dtype in FLOATS
+        and database.dtype is queries.dtype
+        and database.device == queries.device
+        and database.shape[1] == queries.shape[1]
+    ):
+        return
+    check_rank(op, "queries", queries, 2, "[n, D]")
+    check_rank(op, "database", database, 2, "[m, D]")
+    check_float(op, "queries", queries)
+    check_alike(op, "database", database, "queries", queries)
+    raise ValueError(f"{op}: database must be [m, {queries.shape[1]}] like queries, got {list(database.shape)}")
+
+
 def check_choice(op: str, name: str, value: str, choices: Sequence[str]) -> None:
     """Raise ValueError unless `value` is one of `choices`."""
     if value not in choices:

@@ -15,11 +15,12 @@ from planmill.kernels.common.spec import NAMESPACE, REGISTRY, OpSpec
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
-def register(spec: OpSpec) -> torch._ops.OpOverload:
+def register(spec: OpSpec) -> tuple[torch._ops.OpOverload, Callable[..., Any]]:
     """Register an op with torch and enter it into the registry.
 
     Returns:
-        The overload to call, `torch.ops.planmill.<name>.default`.
+        The overload, `torch.ops.planmill.<name>.default`, for code that dynamo traces; and the dispatcher call behind
+        it for eager code, which saves the overload's Python frame (0.4 of 6 us).
 
     Raises:
         ValueError: an op of that name exists.
@@ -35,7 +36,7 @@ def register(spec: OpSpec) -> torch._ops.OpOverload:
     torch.library.register_fake(f"{NAMESPACE}::{spec.name}", _fake(spec), lib=_LIBRARY)
     _register_autograd(spec)
     REGISTRY[spec.name] = spec
-    return spec.op
+    return spec.op, spec.op._op
 
 
 def _reference(spec: OpSpec) -> Callable[..., Any]:

@@ -49,7 +49,7 @@ class OpSpec:
         no_kernel: why an op with neither `cpu` nor `cuda` needs none.
         compare: replaces the element-wise comparison, for ops whose right answer is not unique:
             `compare(args, got, want, atol, rtol)` raises AssertionError.
-        backward: the op's own gradient, `backward(args, outputs, grads) -> one gradient (or None) per argument`; without
+        backward: the op's own gradient, `backward(args, outputs, grads)` -> one gradient or None per argument; without
             it the reference is run again under autograd.
         differentiable: False for ops with index outputs only.
     """

@@ -1,6 +1,7 @@
 """bank_score: schema, shape rule, checks and the public function."""
 
 import torch
+from torch.compiler import is_compiling
 
 from planmill.kernels.common.checks import check_alike, check_rank
 from planmill.kernels.common.registration import register
@@ -23,7 +24,7 @@ SPEC = OpSpec(
     cpu="C++",
     cuda="_triton:launch",
 )
-_op = register(SPEC)
+_op, _call = register(SPEC)
 
 
 def score_against_bank(
@@ -65,4 +66,4 @@ def score_against_bank(
         raise ValueError(f"{op}: bank must be [M, Q, {features.shape[2]}] like features, got {list(bank.shape)}")
     if radius is not None and bank.shape[1] != features.shape[1]:
         raise ValueError(f"{op}: with a radius bank must be [M, {features.shape[1]}, C], got {list(bank.shape)}")
-    return _op(features, bank, *scalars)
+    return (_op if is_compiling() else _call)(features, bank, *scalars)

@@ -1,9 +1,10 @@
 """knn: schema, shape rule, checks and the public function."""
 
 import torch
+from torch.compiler import is_compiling
 from torch.nn import functional as F
 
-from planmill.kernels.common.checks import check_alike, check_choice, check_float, check_int32_range, check_rank
+from planmill.kernels.common.checks import check_choice, check_int32_range, check_matrices
 from planmill.kernels.common.registration import register
 from planmill.kernels.common.spec import OpSpec
 from planmill.kernels.neighbors.knn.cases import cases, compare
@@ -55,7 +56,7 @@ SPEC = OpSpec(
     cpu="C++",
     cuda="_triton:launch",
 )
-_op = register(SPEC)
+_op, _call = register(SPEC)
 
 
 def find_neighbors(
@@ -95,17 +96,12 @@ def find_neighbors(
     Source: brute-force kNN as in Johnson, Douze, Jegou, "Billion-scale similarity search with GPUs", section 5.
     """
     op = "knn"
-    check_rank(op, "queries", queries, 2, "[n, D]")
-    check_rank(op, "database", database, 2, "[m, D]")
-    check_float(op, "queries", queries)
-    check_alike(op, "database", database, "queries", queries)
+    check_matrices(op, queries, database)
     check_choice(op, "metric", metric, METRICS)
-    (n, width), (rows, database_width) = queries.shape, database.shape
-    if width != database_width:
-        raise ValueError(f"{op}: database must be [m, {width}] like queries, got {list(database.shape)}")
     if not 1 <= k <= MAX_K:
         raise ValueError(f"{op}: k must be from 1 to {MAX_K}, got {k}")
-    if exclude_self and n != rows:
-        raise ValueError(f"{op}: exclude_self needs as many queries as rows, got {n} and {rows}")
+    rows = database.shape[0]
+    if exclude_self and queries.shape[0] != rows:
+        raise ValueError(f"{op}: exclude_self needs as many queries as rows, got {queries.shape[0]} and {rows}")
     check_int32_range(op, "database", rows)
-    return _op(queries, database, k, metric, exclude_self, exact)
+    return (_op if is_compiling() else _call)(queries, database, k, metric, exclude_self, exact)

@@ -1,6 +1,7 @@
 """mutual_score: schema, shape rule, checks and the public function."""
 
 import torch
+from torch.compiler import is_compiling
 
 from planmill.kernels.common.checks import check_float, check_rank
 from planmill.kernels.common.registration import register
@@ -19,7 +20,7 @@ SPEC = OpSpec(
     cpu="C++",
     cuda="_triton:launch",
 )
-_op = register(SPEC)
+_op, _call = register(SPEC)
 
 
 def check_scoring(
@@ -97,4 +98,4 @@ def score_mutually(
             f"{op}: features must hold at least 2 images, got {features.shape[0]}; to score one image against stored "
             "ones use MutualScorer.extend and MutualScorer.score"
         )
-    return _op(features, *scalars)
+    return (_op if is_compiling() else _call)(features, *scalars)

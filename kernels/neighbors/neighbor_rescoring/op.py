@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+from torch.compiler import is_compiling
 
 from planmill.kernels.common.checks import check_alike, check_float, check_rank
 from planmill.kernels.common.registration import register
@@ -17,7 +18,7 @@ SPEC = OpSpec(
     cases=cases,
     no_kernel="N x N is small: one float64 product of the descriptors",
 )
-_op = register(SPEC)
+_op, _call = register(SPEC)
 
 
 def rescore_by_neighbors(
@@ -54,4 +55,4 @@ def rescore_by_neighbors(
         )
     if len(neighbors) == 0 or min(neighbors) < 1:
         raise ValueError(f"{op}: neighbors must be sizes of at least 1, got {list(neighbors)}")
-    return _op(scores, descriptors, ",".join(str(k) for k in neighbors))
+    return (_op if is_compiling() else _call)(scores, descriptors, ",".join(str(k) for k in neighbors))

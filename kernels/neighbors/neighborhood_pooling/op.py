@@ -1,6 +1,7 @@
 """neighborhood_pooling: schema, shape rule, checks and the public function."""
 
 import torch
+from torch.compiler import is_compiling
 
 from planmill.kernels.common.checks import check_float, check_rank
 from planmill.kernels.common.registration import register
@@ -16,7 +17,7 @@ SPEC = OpSpec(
     cpu="C++",
     cuda="_triton:launch",
 )
-_op = register(SPEC)
+_op, _call = register(SPEC)
 
 
 def pool_neighborhood(features: torch.Tensor, grid: tuple[int, int], size: int = 3) -> torch.Tensor:
@@ -49,4 +50,4 @@ def pool_neighborhood(features: torch.Tensor, grid: tuple[int, int], size: int =
         raise ValueError(f"{op}: grid must hold P = {features.shape[1]} patches, got {grid[0]} x {grid[1]}")
     if size < 1 or size % 2 == 0:
         raise ValueError(f"{op}: size must be odd and positive, got {size}")
-    return _op(features, grid[0], grid[1], size)
+    return (_op if is_compiling() else _call)(features, grid[0], grid[1], size)

@@ -1,8 +1,9 @@
 """segmented_max: schema, shape rule, checks and the public function."""
 
 import torch
+from torch.compiler import is_compiling
 
-from planmill.kernels.common.checks import check_alike, check_float, check_int32_range, check_rank
+from planmill.kernels.common.checks import check_int32_range, check_matrices, check_rank
 from planmill.kernels.common.registration import register
 from planmill.kernels.common.spec import OpSpec
 from planmill.kernels.neighbors.segmented_max.cases import cases, compare
@@ -38,7 +39,7 @@ SPEC = OpSpec(
     cpu="C++",
     cuda="_triton:launch",
 )
-_op = register(SPEC)
+_op, _call = register(SPEC)
 
 
 def maximize_by_segment(
@@ -70,22 +71,17 @@ def maximize_by_segment(
     Source: MuSc (Li et al., ICLR 2024), section 3.2, generalised to segments.
     """
     op = "segmented_max"
-    check_rank(op, "queries", queries, 2, "[n, D]")
-    check_rank(op, "database", database, 2, "[m, D]")
+    check_matrices(op, queries, database)
     check_rank(op, "offsets", offsets, 1, "[S + 1]")
-    check_float(op, "queries", queries)
-    check_alike(op, "database", database, "queries", queries)
-    if queries.shape[1] != database.shape[1]:
-        raise ValueError(f"{op}: database must be [m, {queries.shape[1]}] like queries, got {list(database.shape)}")
     if offsets.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{op}: offsets must be int32 or int64, got {offsets.dtype}")
     if offsets.shape[0] == 0:
         raise ValueError(f"{op}: offsets must be [S + 1] with at least one entry, got {list(offsets.shape)}")
     check_int32_range(op, "database", database.shape[0])
-    if offsets.device.type == "cpu" and not torch.compiler.is_compiling():
+    if offsets.device.type == "cpu" and not is_compiling():
         ordered = bool((offsets[1:] >= offsets[:-1]).all())
         if not ordered or offsets[0] != 0 or offsets[-1] != database.shape[0]:
             raise ValueError(
                 f"{op}: offsets must go from 0 to {database.shape[0]} without decreasing, got {offsets.tolist()[:8]}"
             )
-    return _op(queries, database, offsets)
+    return (_op if is_compiling() else _call)(queries, database, offsets)

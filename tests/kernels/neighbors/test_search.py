@@ -106,7 +106,6 @@ def test_gradients_of_an_empty_database_are_zero() -> None:
     find_neighbors(q, x, 2)[0].nan_to_num(posinf=0).sum().backward()
     assert q.grad is not None
     assert not q.grad.any()
-    q.grad = None
     maximize_by_segment(q, x, torch.tensor([0, 0]))[0].nan_to_num(neginf=0).sum().backward()
     assert not q.grad.any()
 
