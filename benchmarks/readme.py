@@ -9,6 +9,11 @@ BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 HEAD = """| op, size | input | instead of | ratio | asked | ms | largest error |
 |---|---|---|---|---|---|---|"""
 
+COSTS = {
+    "call_overhead": "a call of `{case}` at 8 elements {us:.1f} us{asked}",
+    "import_time": "`import {case}` {ms:.1f} ms beyond torch{asked}",
+}
+
 Row = dict[str, Any]
 
 
@@ -29,8 +34,21 @@ def asked(row: Row) -> str:
     return ", ".join(f"{goal['asked']:g}x" + (f" ({goal['reason']})" if goal["met"] is None else "") for goal in goals)
 
 
+def amounts(row: Row) -> dict[str, float]:
+    """The median in two units."""
+    return {"ms": row["p50_ms"], "us": row["p50_ms"] * 1e3}
+
+
+def time_asked(row: Row) -> str:
+    """The time asked for, if one is."""
+    limits = [goal["asked"] for goal in row["goals"] if goal["kind"] == "time"]
+    return "".join(f" (asked: {limit:g} ms)" if limit >= 0.1 else f" (asked: {limit * 1e3:g} us)" for limit in limits)
+
+
 def table(rows: list[Row]) -> str:
-    """Markdown; one line per row, best machine facts once above it."""
+    """Markdown: the machine, the ratios, and the costs that have no ratio worth reading."""
+    costs = {(row["op"], row["case"]): row for row in rows if row["op"] in COSTS}
+    rows = [row for row in rows if row["op"] not in COSTS]
     machines = sorted(
         {f"{row['versions']['cpu']}, {row['versions']['threads']} threads, {row['impl']}" for row in rows}
     )
@@ -40,7 +58,8 @@ def table(rows: list[Row]) -> str:
         f"| {row['p50_ms']:.3g} | {row['max_error']:.1e} |"
         for row in rows
     ]
-    return "\n".join(lines)
+    said = [COSTS[op].format(case=case, **amounts(row), asked=time_asked(row)) for (op, case), row in costs.items()]
+    return "\n".join([*lines, "", f"Also measured: {'; '.join(said)}."])
 
 
 def rendered(text: str, folder: Path) -> str:
