@@ -31,11 +31,14 @@ def extensions() -> tuple[list, dict]:
         str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp") if "tests" not in path.parts
     )
     headers = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h"))
+    # PLANMILL_EMULATE: a build for tests, in which AVX-512 and AMX code runs over plain C++ on any machine.
+    define_macros = [("PLANMILL_EMULATE", None)] if "PLANMILL_EMULATE" in os.environ else []
     extension = CppExtension(
         "planmill.kernels._C",
         sources,
         depends=headers,
         include_dirs=[str(ROOT / "csrc")],
+        define_macros=define_macros,
         extra_compile_args=["-O3", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-g0"],
         extra_link_args=["-fopenmp"],
     )

