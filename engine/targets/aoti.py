@@ -16,7 +16,7 @@ import torch
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompiler, OperatorIssue
 
-from planmill.engine.capture import Captured, custom_overloads
+from planmill.engine.capture import Captured, custom_overloads, quiet_copies
 from planmill.engine.errors import PlanError, first_line
 from planmill.engine.targets import Runner
 
@@ -45,7 +45,7 @@ def compile_program(captured: Captured, folder: Path) -> Path:
     _check_schemas(captured)
     path = folder / _PAYLOAD
     try:
-        with torch.no_grad(), _stdout_to_stderr():
+        with torch.no_grad(), _stdout_to_stderr(), quiet_copies():
             torch._inductor.aoti_compile_and_package(
                 captured.program, package_path=str(path), inductor_configs=_options(captured)
             )

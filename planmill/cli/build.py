@@ -55,7 +55,6 @@ def build(
     """Mill a model into a plan, and prove that the plan computes what the model computes."""
     sizes = _sizes(batch)
     wanted = [_parse_input(text) for text in inputs or []]
-    import warnings
 
     import torch
 
@@ -70,8 +69,6 @@ def build(
     kind: Precision = precision
     check_destination(out)
     tolerance = _tolerance(kind, max_rel, cosine)
-    # torch 2.13 warns of itself while it copies a program.
-    warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)
     with _progress() as advance:
         advance("load", 0.0)
         torch.manual_seed(seed)
