@@ -165,7 +165,8 @@ def test_a_declaration_is_complete(spec: OpSpec) -> None:
     assert any(case.compiled for case in spec.cases())
     kinds = {str(argument.type) for argument in spec.parsed.arguments}
     assert kinds <= {"Tensor", "int", "float", "bool", "str"}
-    public = [getattr(kernels.neighbors, n) for n in kernels.neighbors.__all__]
+    family = getattr(kernels, spec.family)
+    public = [getattr(family, n) for n in family.__all__]
     folder = [f for f in public if getattr(f, "__module__", "") == f"{spec.package}.op"]
     assert folder, "an op has a public function in its op.py"
     for function in folder:
