@@ -28,19 +28,22 @@ def check_alike(op: str, name: str, x: torch.Tensor, first_name: str, first: tor
 
 
 def check_matrices(op: str, queries: torch.Tensor, database: torch.Tensor) -> None:
-    """Raise unless `queries` [n, D] and `database` [m, D] are float matrices of one width, dtype and device."""
+    """Raise unless `queries` [n, D] and `database` [m, D] are float matrices of one width D >= 1, dtype and device."""
     if (
         queries.dim() == 2 == database.dim()
         and queries.dtype in FLOATS
         and database.dtype is queries.dtype
         and database.device == queries.device
         and database.shape[1] == queries.shape[1]
+        and queries.shape[1] > 0
     ):
         return
     check_rank(op, "queries", queries, 2, "[n, D]")
     check_rank(op, "database", database, 2, "[m, D]")
     check_float(op, "queries", queries)
     check_alike(op, "database", database, "queries", queries)
+    if queries.shape[1] == 0:
+        raise ValueError(f"{op}: queries must be [n, D] with D at least 1, got {list(queries.shape)}")
     raise ValueError(f"{op}: database must be [m, {queries.shape[1]}] like queries, got {list(database.shape)}")
 
 

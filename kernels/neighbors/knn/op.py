@@ -77,7 +77,7 @@ def find_neighbors(
     whose distances differ by less than about 1e-3 of the vectors' length may change places.
 
     Args:
-        queries: [n, D], float32, bfloat16 or float16, any strides.
+        queries: [n, D] with D >= 1, float32, bfloat16 or float16, any strides.
         database: [m, D], dtype and device of `queries`, any strides.
         k: number of neighbours, 1 to 1024.
         metric: "l2", "l2sq" (squared), "cosine" (1 - cosine similarity; 1 for a zero row) or "dot" (larger is nearer).

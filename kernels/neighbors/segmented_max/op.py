@@ -54,7 +54,7 @@ def maximize_by_segment(
     the maximum is evaluated again in float32, so that the result is the float32 one. Ties go to the lower index.
 
     Args:
-        queries: [n, D], float32, bfloat16 or float16, any strides.
+        queries: [n, D] with D >= 1, float32, bfloat16 or float16, any strides.
         database: [m, D], dtype and device of `queries`, any strides.
         offsets: [S + 1], int32 or int64, non-decreasing from 0 to m; segment s is rows `offsets[s]` to `offsets[s+1]`.
 
@@ -64,8 +64,8 @@ def maximize_by_segment(
             empty segments, match nothing.
 
     Raises:
-        ValueError: wrong rank, different D, or offsets that do not go from 0 to m without decreasing (checked for
-            offsets on the CPU; on a GPU the check would stop the stream).
+        ValueError: wrong rank, different D, D = 0, or offsets that do not go from 0 to m without decreasing (checked
+            for offsets on the CPU; on a GPU the check would stop the stream).
         TypeError: another dtype, or dtypes that differ.
 
     Source: MuSc (Li et al., ICLR 2024), section 3.2, generalised to segments.

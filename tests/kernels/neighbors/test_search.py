@@ -118,6 +118,12 @@ def test_gradients_of_an_empty_database_are_zero() -> None:
         (lambda q: find_neighbors(q, q, 1, "euclid"), ValueError, "metric must be one of l2, l2sq, cosine, dot"),
         (lambda q: find_neighbors(q, q[:, :2], 1), ValueError, r"database must be \[m, 4\] like queries, got \[6, 2\]"),
         (lambda q: find_neighbors(q[0], q, 1), ValueError, r"queries must be \[n, D\], got \[4\]"),
+        (
+            lambda q: find_neighbors(q[:, :0], q[:, :0], 1),
+            ValueError,
+            r"queries must be \[n, D\] with D at least 1",
+        ),
+        (lambda q: maximize_by_segment(q[:, :0], q[:, :0], torch.tensor([0, 6])), ValueError, r"least 1, got \[6, 0\]"),
         (lambda q: find_neighbors(q, q.half(), 1), TypeError, "database must be torch.float32 like queries"),
         (lambda q: find_neighbors(q.int(), q.int(), 1), TypeError, "queries must be float32, bfloat16 or float16"),
         (lambda q: find_neighbors(q, q[:3], 1, exclude_self=True), ValueError, "as many queries as rows, got 6 and 3"),
