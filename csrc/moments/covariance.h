@@ -1,0 +1,27 @@
+// Arithmetic of the covariance op: centred rows packed into panels, products of panels.
+#pragma once
+
+#include <cstdint>
+
+namespace planmill {
+
+constexpr int64_t kCovarianceRows = 128;  // rows of a packed block: two panels of it stay in a first-level cache
+
+struct CovarianceKernels {
+  int64_t panel;  // columns of a panel
+
+  // One block of at most kCovarianceRows rows of x [rows, d], z = x - pivot. The panel of columns p * panel ... is
+  // packed[p * kCovarianceRows * panel], row by row; columns beyond d are zeros. With a = |z|^2 of each row: sums[0 .. d)
+  // = sum z, sums[d .. 2 d) = sum a z, sums[2 d] = sum a^2. `pivot` and `sums` are padded to whole panels:
+  // sums[0 .. padded), sums[padded .. 2 padded), sums[2 padded].
+  void (*pack)(const float* x, int64_t rows, int64_t d, const float* pivot, float* packed, float* sums);
+
+  // c [panel, panel] += sum over rows of a[row, i] * b[row, j], a and b panels of one block.
+  void (*multiply)(const float* a, const float* b, int64_t rows, float* c);
+};
+
+const CovarianceKernels* covariance_baseline();
+const CovarianceKernels* covariance_avx2();
+const CovarianceKernels* covariance_avx512();
+
+}  // namespace planmill
