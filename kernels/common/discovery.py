@@ -1,4 +1,4 @@
-"""Finding the ops of a family: every folder below it that holds an `op.py`."""
+"""Finding the ops of a family: every folder below it; one that composes other ops may hold no op of its own."""
 
 import importlib
 import pkgutil
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def export_ops(package: str, namespace: dict[str, Any]) -> list[str]:
-    """Import each op folder of the family `package` and copy its public names into `namespace`.
+    """Import each folder of the family `package` and copy its public names into `namespace`.
 
     Returns:
         The names copied, for `__all__`.

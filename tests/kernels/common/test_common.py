@@ -1,13 +1,15 @@
 """The declaration machinery, capabilities, and what importing planmill does not do."""
 
+import inspect
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from planmill import kernels
-from planmill.kernels.common import backends, cpu, registration
+from planmill.kernels.common import backends, cpu, discovery, registration
 from planmill.kernels.common.inputs import poison_row, strided
 from planmill.kernels.common.spec import REGISTRY, Case, OpSpec
 
@@ -133,6 +135,56 @@ def test_lazy_names() -> None:
     assert planmill.MutualScorer is kernels.neighbors.MutualScorer
     with pytest.raises(AttributeError, match="no attribute 'find_nothing'"):
         planmill.find_nothing  # noqa: B018
+
+
+def test_public_names_say_what_they_are() -> None:
+    """Functions and layers of every family, those in folders without an op too."""
+    for family in kernels.families():
+        module = getattr(kernels, family)
+        for public in (getattr(module, name) for name in module.__all__):
+            parts: tuple[str, ...] = ()
+            if inspect.isfunction(public):
+                parts = ("Args:", "Returns:", "Raises:", "Source:")
+            elif issubclass(public, torch.nn.Module):
+                parts = ("Shapes:", "Source:")
+            assert public.__doc__, f"{family}.{public.__name__}: no docstring"
+            for part in parts:
+                assert part in public.__doc__, f"{family}.{public.__name__}: docstring lacks {part}"
+
+
+def family_of(folder: Path, monkeypatch: pytest.MonkeyPatch, **exports: str) -> dict[str, object]:
+    """Names that `export_ops` finds in a family of folders without ops, each with one public function."""
+    (folder / "made").mkdir()
+    (folder / "made" / "__init__.py").write_text("")
+    for name, public in exports.items():
+        (folder / "made" / name).mkdir()
+        (folder / "made" / name / "__init__.py").write_text(f"def {public}(): ...\n__all__ = ['{public}']\n")
+    monkeypatch.syspath_prepend(folder)
+    for name in ("made", *(f"made.{name}" for name in exports)):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    namespace: dict[str, object] = {"__path__": [str(folder / "made")]}
+    namespace["__all__"] = discovery.export_ops("made", namespace)
+    return namespace
+
+
+def test_a_folder_without_an_op_exports_its_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = family_of(tmp_path, monkeypatch, gate="open_gate", fence="climb_fence")
+    assert found["__all__"] == ["climb_fence", "open_gate"]
+    assert callable(found["open_gate"])
+
+
+@pytest.mark.parametrize(
+    ("exports", "message"),
+    [
+        ({"gate": "swing", "door": "swing"}, "made: two ops export 'swing'"),
+        ({"gate": "gate"}, "a public name may not hide its own folder"),
+    ],
+)
+def test_names_that_clash(
+    exports: dict[str, str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ImportError, match=message):
+        family_of(tmp_path, monkeypatch, **exports)
 
 
 def test_input_makers() -> None:
