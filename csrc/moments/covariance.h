@@ -6,14 +6,17 @@
 namespace planmill {
 
 constexpr int64_t kCovarianceRows = 128;  // rows of a packed block: two panels of it stay in a first-level cache
+constexpr int64_t kPanelPad = 16;  // floats after a panel: without them all panels of a row would share one cache set
 
 struct CovarianceKernels {
   int64_t panel;  // columns of a panel
 
-  // One block of at most kCovarianceRows rows of x [rows, d], z = x - pivot. The panel of columns p * panel ... is
-  // packed[p * kCovarianceRows * panel], row by row; columns beyond d are zeros. With a = |z|^2 of each row: sums[0 .. d)
-  // = sum z, sums[d .. 2 d) = sum a z, sums[2 d] = sum a^2. `pivot` and `sums` are padded to whole panels:
-  // sums[0 .. padded), sums[padded .. 2 padded), sums[2 padded].
+  // Floats from one panel of a block to the next.
+  int64_t stride() const { return kCovarianceRows * panel + kPanelPad; }
+
+  // One block of at most kCovarianceRows rows of x [rows, d], z = x - pivot. The panel of columns p * panel ... begins at
+  // packed[p * stride()], row by row; columns beyond d are zeros. With a = |z|^2 of each row and d rounded up to whole
+  // panels: sums[0 .. d) = sum z, sums[d .. 2 d) = sum a z, sums[2 d] = sum a^2, and room for four rows after them.
   void (*pack)(const float* x, int64_t rows, int64_t d, const float* pivot, float* packed, float* sums);
 
   // c [panel, panel] += sum over rows of a[row, i] * b[row, j], a and b panels of one block.

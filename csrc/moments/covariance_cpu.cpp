@@ -45,9 +45,9 @@ class Accumulator {
         first_(static_cast<size_t>(padded_)),
         third_(static_cast<size_t>(padded_)),
         second_(static_cast<size_t>(panels_ * (panels_ + 1) / 2 * panel_ * panel_)) {
-    group_ = kBlocks * std::max<int64_t>(1, at::in_parallel_region() ? 1 : at::get_num_threads() / 2);
-    packed_.resize(static_cast<size_t>(group_ * kCovarianceRows * padded_));
-    sums_.resize(static_cast<size_t>(group_ * (3 * padded_ + 1)));
+    group_ = kBlocks * (at::in_parallel_region() ? 1 : at::get_num_threads());
+    packed_.resize(static_cast<size_t>(group_ * panels_ * kernels.stride()));
+    sums_.resize(static_cast<size_t>(group_ * sums_size()));
   }
 
   // Rows taken at a time.
@@ -67,14 +67,9 @@ class Accumulator {
       fourth_ += sums(b)[2 * padded_];
     }
     at::parallel_for(0, panels_ * (panels_ + 1) / 2, 1, [&](int64_t begin, int64_t end) {
-      std::vector<float> products(static_cast<size_t>(panel_ * panel_));
-      int64_t j = 0;
-      while ((j + 1) * (j + 2) / 2 <= begin) ++j;
-      int64_t i = begin - j * (j + 1) / 2;
-      for (int64_t pair = begin; pair < end; ++pair) {
-        multiply(i, j, rows, products.data(), second_.data() + pair * panel_ * panel_);
-        if (++i > j) i = 0, ++j;
-      }
+      std::vector<float> products(static_cast<size_t>((end - begin) * panel_ * panel_));
+      for (int64_t group = 0; group < blocks; group += kBlocks)
+        multiply(begin, end, group, std::min(group + kBlocks, blocks), rows, products);
     });
     count_ += rows;
   }
@@ -115,24 +110,31 @@ class Accumulator {
 
  private:
   static int64_t rows_of(int64_t b, int64_t rows) { return std::min(kCovarianceRows, rows - b * kCovarianceRows); }
-  float* block(int64_t b) { return packed_.data() + b * kCovarianceRows * padded_; }
-  float* sums(int64_t b) { return sums_.data() + b * (3 * padded_ + 1); }
+  int64_t sums_size() const { return 6 * padded_ + 1; }
+  float* block(int64_t b) { return packed_.data() + b * panels_ * kernels_.stride(); }
+  float* sums(int64_t b) { return sums_.data() + b * sums_size(); }
   double at(int64_t row, int64_t column) const {  // of the triangle, row <= column
     const int64_t i = row / panel_, j = column / panel_;
     return second_[static_cast<size_t>(((j * (j + 1) / 2 + i) * panel_ + row % panel_) * panel_ + column % panel_)];
   }
 
-  void multiply(int64_t i, int64_t j, int64_t rows, float* products, double* target) {
-    const int64_t blocks = (rows + kCovarianceRows - 1) / kCovarianceRows, size = panel_ * panel_;
-    for (int64_t group = 0; group < blocks; group += kBlocks) {
-      std::fill_n(products, size, 0.0f);
-      for (int64_t b = group; b < std::min(group + kBlocks, blocks); ++b) {
-        const float* packed = block(b);
-        kernels_.multiply(packed + i * kCovarianceRows * panel_, packed + j * kCovarianceRows * panel_, rows_of(b, rows),
-                          products);
+  // Pairs of panels [begin, end) of the triangle, counted column by column; blocks [first, last). Block after block, so
+  // that its panels are read from the second-level cache, and those of a column from the first.
+  void multiply(int64_t begin, int64_t end, int64_t first, int64_t last, int64_t rows, std::vector<float>& products) {
+    const int64_t size = panel_ * panel_, stride = kernels_.stride();
+    std::fill(products.begin(), products.end(), 0.0f);
+    int64_t column = 0;
+    while ((column + 1) * (column + 2) / 2 <= begin) ++column;
+    for (int64_t b = first; b < last; ++b) {
+      const float* packed = block(b);
+      int64_t j = column, i = begin - j * (j + 1) / 2;
+      for (int64_t pair = begin; pair < end; ++pair) {
+        kernels_.multiply(packed + i * stride, packed + j * stride, rows_of(b, rows), &products[(pair - begin) * size]);
+        if (++i > j) i = 0, ++j;
       }
-      for (int64_t e = 0; e < size; ++e) target[e] += products[e];
     }
+    double* target = second_.data() + begin * size;
+    for (size_t e = 0; e < products.size(); ++e) target[e] += products[e];
   }
 
   const CovarianceKernels& kernels_;

@@ -16,10 +16,9 @@ struct Tile {
   static constexpr int64_t kPanel = kVectors * V::kWidth;
 };
 
+// row = x - pivot, zeros beyond d; returns its squared length.
 template <class V>
-void pack_row(const float* x, int64_t d, const float* pivot, float* packed, float* sums, float* row) {
-  constexpr int64_t kPanel = Tile<V>::kPanel;
-  const int64_t padded = (d + kPanel - 1) / kPanel * kPanel;
+float centre_row(const float* x, int64_t d, int64_t padded, const float* pivot, float* row) {
   auto squares = V::zero();
   int64_t c = 0;
   for (; c + V::kWidth <= d; c += V::kWidth) {
@@ -33,15 +32,34 @@ void pack_row(const float* x, int64_t d, const float* pivot, float* packed, floa
     tail += row[c] * row[c];
   }
   for (; c < padded; ++c) row[c] = 0.0f;
-  const float square = V::sum(squares) + tail;
-  const auto vsquare = V::set1(square);
-  for (int64_t p = 0; p < padded; p += V::kWidth) {
-    const auto z = V::load(row + p);
-    V::store(packed + p / kPanel * (kCovarianceRows * kPanel) + p % kPanel, z);
-    V::store(sums + p, V::add(V::load(sums + p), z));
-    V::store(sums + padded + p, V::fma(vsquare, z, V::load(sums + padded + p)));
+  return V::sum(squares) + tail;
+}
+
+// Four rows at a time, so that the sums are read and written once for four of them; `Rows` is 4, or 1 for the rest.
+template <class V, int Rows>
+void pack_rows(const float* x, int64_t d, const float* pivot, float* packed, float* sums) {
+  constexpr int64_t kPanel = Tile<V>::kPanel, kStride = kCovarianceRows * kPanel + kPanelPad;
+  const int64_t padded = (d + kPanel - 1) / kPanel * kPanel;
+  float* rows = sums + 2 * padded + 1;
+  typename V::F square[Rows];
+  for (int r = 0; r < Rows; ++r) {
+    const float a = centre_row<V>(x + r * d, d, padded, pivot, rows + r * padded);
+    square[r] = V::set1(a);
+    sums[2 * padded] += a * a;
   }
-  sums[2 * padded] += square * square;
+  for (int64_t first = 0; first < padded; first += kPanel, packed += kStride)
+    for (int64_t c = 0; c < kPanel; c += V::kWidth) {
+      float* linear = sums + first + c;
+      auto sum = V::load(linear), third = V::load(linear + padded);
+      for (int r = 0; r < Rows; ++r) {
+        const auto z = V::load(rows + r * padded + first + c);
+        V::store(packed + r * kPanel + c, z);
+        sum = V::add(sum, z);
+        third = V::fma(square[r], z, third);
+      }
+      V::store(linear, sum);
+      V::store(linear + padded, third);
+    }
 }
 
 template <class V>
@@ -49,8 +67,9 @@ void pack_centred(const float* x, int64_t rows, int64_t d, const float* pivot, f
   constexpr int64_t kPanel = Tile<V>::kPanel;
   const int64_t padded = (d + kPanel - 1) / kPanel * kPanel;
   for (int64_t i = 0; i <= 2 * padded; ++i) sums[i] = 0.0f;
-  float* row = sums + 2 * padded + 1;  // the caller leaves room for one padded row
-  for (int64_t r = 0; r < rows; ++r) pack_row<V>(x + r * d, d, pivot, packed + r * kPanel, sums, row);
+  int64_t r = 0;
+  for (; r + 4 <= rows; r += 4) pack_rows<V, 4>(x + r * d, d, pivot, packed + r * kPanel, sums);
+  for (; r < rows; ++r) pack_rows<V, 1>(x + r * d, d, pivot, packed + r * kPanel, sums);
 }
 
 template <class V>
