@@ -63,6 +63,23 @@ struct VecGeneric {
     for (int i = 0; i < W; ++i) a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i];
     return a;
   }
+  static F min(F a, F b) {  // like minps: b where the comparison is false
+    for (int i = 0; i < W; ++i) a.v[i] = a.v[i] < b.v[i] ? a.v[i] : b.v[i];
+    return a;
+  }
+  static F div(F a, F b) {
+    for (int i = 0; i < W; ++i) a.v[i] /= b.v[i];
+    return a;
+  }
+  static F where_positive(F x, F a, F b) {  // a where x > 0, b elsewhere
+    for (int i = 0; i < W; ++i) a.v[i] = x.v[i] > 0.0f ? a.v[i] : b.v[i];
+    return a;
+  }
+  static F power_of_two(I n) {  // exact for -126 <= n <= 127, some float for others
+    F r;
+    for (int i = 0; i < W; ++i) r.v[i] = __builtin_bit_cast(float, (static_cast<uint32_t>(n.v[i]) + 127u) << 23);
+    return r;
+  }
   static uint32_t mask_ge(F a, F b) {
     uint32_t m = 0;
     for (int i = 0; i < W; ++i) m |= static_cast<uint32_t>(a.v[i] >= b.v[i]) << i;
@@ -135,6 +152,13 @@ struct VecSse2 {  // what every x86-64 processor has
   static F mul(F a, F b) { return _mm_mul_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm_add_ps(_mm_mul_ps(a, b), c); }
   static F max(F a, F b) { return _mm_max_ps(a, b); }
+  static F min(F a, F b) { return _mm_min_ps(a, b); }
+  static F div(F a, F b) { return _mm_div_ps(a, b); }
+  static F where_positive(F x, F a, F b) {
+    const F positive = _mm_cmpgt_ps(x, zero());
+    return _mm_or_ps(_mm_and_ps(positive, a), _mm_andnot_ps(positive, b));
+  }
+  static F power_of_two(I n) { return _mm_castsi128_ps(_mm_slli_epi32(_mm_add_epi32(n, _mm_set1_epi32(127)), 23)); }
   static uint32_t mask_ge(F a, F b) { return static_cast<uint32_t>(_mm_movemask_ps(_mm_cmpge_ps(a, b))); }
   static I izero() { return _mm_setzero_si128(); }
   static I iload(const int32_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
@@ -170,6 +194,12 @@ struct VecAvx2 {
   static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
   static F max(F a, F b) { return _mm256_max_ps(a, b); }
+  static F min(F a, F b) { return _mm256_min_ps(a, b); }
+  static F div(F a, F b) { return _mm256_div_ps(a, b); }
+  static F where_positive(F x, F a, F b) { return _mm256_blendv_ps(b, a, _mm256_cmp_ps(x, zero(), _CMP_GT_OQ)); }
+  static F power_of_two(I n) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23));
+  }
   static uint32_t mask_ge(F a, F b) { return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ))); }
   static I izero() { return _mm256_setzero_si256(); }
   static I iload(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
@@ -216,6 +246,12 @@ struct VecAvx512 {
   static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   static F max(F a, F b) { return _mm512_max_ps(a, b); }
+  static F min(F a, F b) { return _mm512_min_ps(a, b); }
+  static F div(F a, F b) { return _mm512_div_ps(a, b); }
+  static F where_positive(F x, F a, F b) { return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, zero(), _CMP_GT_OQ), b, a); }
+  static F power_of_two(I n) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(n, _mm512_set1_epi32(127)), 23));
+  }
   static uint32_t mask_ge(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
   static I izero() { return _mm512_setzero_si512(); }
   static I iload(const int32_t* p) { return _mm512_loadu_si512(p); }

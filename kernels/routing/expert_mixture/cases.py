@@ -77,6 +77,22 @@ def _exact(dtype: torch.dtype, g: torch.Generator) -> tuple:
     return integers(g, dtype, *x.shape), indices, torch.full_like(weights, 0.5), up, up_bias, down, *rest
 
 
+def compare(args: tuple, got: tuple, want: tuple, atol: float, rtol: float) -> None:
+    """Each result within `atol` of the largest of its row, plus `rtol` of itself: sums of products cancel."""
+    g, w = got[0].double().cpu(), want[0].double().cpu()
+    assert got[0].dtype == want[0].dtype
+    assert g.shape == w.shape
+    assert torch.equal(g.isnan(), w.isnan()), "NaN where the definition has none, or the reverse"
+    finite = w.isfinite()
+    torch.testing.assert_close(g.masked_fill(finite, 0), w.masked_fill(finite, 0), rtol=0, atol=0, equal_nan=True)
+    g, w = g.where(finite, 0), w.where(finite, 0)
+    largest = w.abs().amax(1, keepdim=True) if w.numel() else w
+    excess = (g - w).abs() - atol * largest - rtol * w.abs() - torch.finfo(got[0].dtype).tiny
+    assert not bool((excess > 0).any()), (
+        f"off by {float(excess.max()):.2e} more than allowed of {float(largest.max()):.2e}"
+    )
+
+
 FLOAT32, FULL_RANGE = (torch.float32,), (torch.float32, torch.bfloat16)
 
 

@@ -1,4 +1,4 @@
-"""The gradient of expert_mixture, by expert and in float32; an op of its own: a graph cannot hold the rows of an expert."""
+"""The gradient of expert_mixture, by expert and in float32; an op of its own, since no graph holds an expert's rows."""
 
 from collections.abc import Callable
 

@@ -1,0 +1,36 @@
+// Block arithmetic of expert_mixture: products of packed expert weights, and what stands between them.
+#pragma once
+
+#include <cstdint>
+
+namespace planmill {
+
+enum class Storage : int { kFloat = 0, kBFloat16 = 1, kHalf = 2 };
+enum class Activation : int { kSilu = 0, kGelu = 1, kGeluTanh = 2, kRelu = 3 };
+
+// Inner products are summed over blocks of at most this many channels, then over the blocks: the same order whatever
+// else is in the batch. Rows of a block of x stand this far apart.
+constexpr int64_t kChannelBlock = 256;
+
+struct ExpertMixtureKernels {
+  int64_t panel_width;  // rows of a weight matrix that are packed together; results of `multiply` per row of x
+  int64_t row_tile;     // rows of x that `multiply` takes at once
+  // panel[c][r] = w[r][c] for `rows` rows (at most panel_width; the rest of the panel is filled with the last one) and k
+  // channels, w in storage type, ld numbers apart. The same block of the `ahead`-th row from here is brought to the cache.
+  void (*pack)(const void* w, Storage storage, int64_t ld, int64_t rows, int64_t k, int64_t ahead, float* panel);
+  // z[i][r] = sum_c x[i][c] panel[c][r], added to z unless `first`; rows of x kChannelBlock apart
+  void (*multiply)(const float* x, int64_t rows, const float* panel, int64_t k, float* z, int64_t ldz, bool first);
+  // out = scale * x, x in storage type
+  void (*load_row)(const void* x, Storage storage, int64_t n, float scale, float* out);
+  // out = act(gate + gate_bias) * (up + up_bias); `up` null: plain; biases null: none. All are padded to panel_width.
+  void (*activate)(Activation kind, const float* gate, const float* up, const float* gate_bias, const float* up_bias,
+                   int64_t n, float* out);
+  // out += scale * row
+  void (*accumulate)(const float* row, float scale, int64_t n, float* out);
+};
+
+const ExpertMixtureKernels* expert_mixture_baseline();
+const ExpertMixtureKernels* expert_mixture_avx2();
+const ExpertMixtureKernels* expert_mixture_avx512();
+
+}  // namespace planmill
