@@ -5,17 +5,16 @@
 
 #include <algorithm>
 #include <cmath>
-#include <functional>
 #include <limits>
 #include <string_view>
 
 #include "neighbors/scoring.h"
+#include "neighbors/shortlist.h"
 
 namespace planmill {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr float kLowest = -3.0e38f;
 constexpr int64_t kColumns = 1024;                   // right rows of a block of products
 constexpr int64_t kPackedRows = 4096;                // right rows packed at a time
 constexpr int64_t kQueryBytes = int64_t{8} << 20;    // of queries packed at a time
@@ -73,35 +72,6 @@ void Query::evaluate(const float* x, const int32_t* index, int64_t count, Neighb
   }
 }
 
-// The k nearest of a stream of neighbours: sorted and cut whenever the buffer is full.
-class Nearest {
- public:
-  explicit Nearest(int64_t k) : k_(static_cast<size_t>(k)) { kept_.reserve(2 * k_ + 64); }
-  void add(const Neighbor& neighbor) {
-    if (full_ && !(neighbor < worst_)) return;
-    kept_.push_back(neighbor);
-    if (kept_.size() == 2 * k_ + 64) cut();
-  }
-  void cut() {
-    if (kept_.size() <= k_) return;
-    std::nth_element(kept_.begin(), kept_.begin() + static_cast<int64_t>(k_) - 1, kept_.end());
-    kept_.resize(k_);
-    worst_ = kept_.back();
-    full_ = true;
-  }
-  std::vector<Neighbor>& sorted() {
-    cut();
-    std::sort(kept_.begin(), kept_.end());
-    return kept_;
-  }
-
- private:
-  size_t k_;
-  std::vector<Neighbor> kept_;
-  Neighbor worst_{kInfinity, 0};
-  bool full_ = false;
-};
-
 void write_row(const std::vector<Neighbor>& sorted, int64_t k, Metric metric, float* values, int32_t* indices) {
   for (int64_t j = 0; j < k; ++j) {
     const bool found = j < static_cast<int64_t>(sorted.size());
@@ -116,7 +86,7 @@ void scan_database(const Query& q, float* values, int32_t* indices) {
   const int64_t n = q.queries.count(), m = q.database.count(), d = q.queries.width();
   const double work = static_cast<double>(n) * static_cast<double>(m) * static_cast<double>(d);
   const int64_t parts = work > kPlainWork ? at::get_num_threads() : 1, size = (m + parts - 1) / std::max<int64_t>(parts, 1);
-  std::vector<Nearest> nearest(static_cast<size_t>(n * parts), Nearest(q.k));
+  std::vector<Best<Neighbor>> nearest(static_cast<size_t>(n * parts), Best<Neighbor>(q.k));
   std::vector<float> own(static_cast<size_t>(n * d));
   std::vector<const float*> x(static_cast<size_t>(n));
   std::vector<char> usable(static_cast<size_t>(n));
@@ -151,59 +121,12 @@ void scan_database(const Query& q, float* values, int32_t* indices) {
     }
   });
   for (int64_t i = 0; i < n; ++i) {
-    Nearest& all = nearest[i * parts];
+    Best<Neighbor>& all = nearest[i * parts];
     for (int64_t part = 1; part < parts; ++part)
       for (const Neighbor& neighbor : nearest[i * parts + part].sorted()) all.add(neighbor);
     write_row(all.sorted(), q.k, q.metric, values + i * q.k, indices + i * q.k);
   }
 }
-
-// The rows that may be among the k nearest of one query, given what has been screened so far.
-class Shortlist {
- public:
-  explicit Shortlist(int64_t k) : k_(static_cast<size_t>(k)), capacity_(3 * k_ + 96) {}
-  float threshold() const { return threshold_; }
-  // A first threshold from the largest lower bounds of disjoint groups of rows: the k-th largest of them has k rows at or
-  // above it. One row more where the query itself may be among them. Overwrites `bounds`.
-  void start(float* bounds, int64_t groups, bool holds_self) {
-    const auto k = static_cast<int64_t>(k_) + holds_self;
-    if (groups < k) return;
-    std::nth_element(bounds, bounds + k - 1, bounds + groups, std::greater<>());
-    threshold_ = std::max(threshold_, bounds[k - 1]);
-  }
-  void add(float low, float high, int32_t index) {
-    if (high < threshold_) return;
-    low_.push_back(low);
-    high_.push_back(high);
-    index_.push_back(index);
-    if (low_.size() >= capacity_) cut();
-  }
-  // k rows have a lower bound of at least the k-th largest lower bound: a row whose upper bound is below it is out.
-  void cut() {
-    if (low_.size() >= k_) {
-      std::vector<float> sorted(low_);
-      std::nth_element(sorted.begin(), sorted.begin() + static_cast<int64_t>(k_) - 1, sorted.end(), std::greater<>());
-      threshold_ = std::max(threshold_, sorted[k_ - 1]);
-    }
-    size_t kept = 0;
-    for (size_t j = 0; j < low_.size(); ++j)
-      if (high_[j] >= threshold_) low_[kept] = low_[j], high_[kept] = high_[j], index_[kept++] = index_[j];
-    low_.resize(kept);
-    high_.resize(kept);
-    index_.resize(kept);
-    capacity_ = std::max(capacity_, 2 * kept);
-  }
-  const std::vector<int32_t>& rows() {
-    cut();
-    return index_;
-  }
-
- private:
-  size_t k_, capacity_;
-  float threshold_ = kLowest;
-  std::vector<float> low_, high_;
-  std::vector<int32_t> index_;
-};
 
 struct Screen {
   const Query& q;
@@ -224,7 +147,7 @@ bool Screen::run(float* values, int32_t* indices) const {
   for (int64_t first = 0; first < n; first += group) {
     const int64_t count = std::min(group, n - first), chunks = (count + chunk - 1) / chunk;
     if (!left.pack(q.queries, first, count, frame, q.metric, q.metric == Metric::kL2, false, 0)) return false;
-    std::vector<Shortlist> lists(static_cast<size_t>(count), Shortlist(q.k));
+    std::vector<Shortlist> lists(static_cast<size_t>(count), Shortlist(q.k, kLowest));
     for (int64_t row = 0; row < m; row += kPackedRows) {
       const int64_t rows = std::min(kPackedRows, m - row);
       if (!right.pack(q.database, row, rows, frame, q.metric, true, false, 0)) return false;
@@ -269,7 +192,7 @@ void Screen::screen(const Packed& left, const Packed& right, int64_t slot, int64
       if (lists[r].threshold() <= kLowest) {
         const int64_t groups = q.kernels.group_bounds(w.products.data() + r * ld, ld, stats, right.stats(c), exact,
                                                       w.low_left.data());
-        lists[r].start(w.low_left.data(), groups, q.exclude_self);
+        lists[r].start(w.low_left.data(), groups, q.exclude_self ? 1 : 0);
       }
       const int64_t listed = q.kernels.list_above(w.products.data() + r * ld, ld, stats, right.stats(c), exact,
                                                   lists[r].threshold(), w.found.data(), w.low_left.data(), w.low_right.data());

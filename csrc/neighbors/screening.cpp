@@ -40,6 +40,12 @@ const float* Rows::get(int64_t i, float* scratch) const {
   return scratch;
 }
 
+void Rows::fetch(int64_t i) const {
+  const int64_t bytes = d_ * static_cast<int64_t>(c10::elementSize(type_));
+  const char* row = static_cast<const char*>(data_) + i * bytes;
+  for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(row + byte);
+}
+
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
@@ -128,6 +134,15 @@ Frame frame_of(const Rows& rows, Metric metric, const Rows* others, bool whole) 
   return frame;
 }
 
+Frame frame_at_origin(const Rows& rows, bool whole) {
+  Frame frame;
+  frame.centre.resize(static_cast<size_t>(rows.width()));
+  frame.scale = power_of_two_over(half_reach(rows, whole ? 1 : std::max<int64_t>(1, rows.count() / 256), frame.centre));
+  return frame;
+}
+
+float scale_of_row(const float* x, int64_t d) { return power_of_two_over(largest_magnitude(x, d)); }
+
 int64_t even_block(int64_t rows, int64_t most, int64_t panel, int64_t threads) {
   int64_t blocks = std::max<int64_t>(1, (rows + most - 1) / most);
   if (blocks > threads) blocks = round_up(blocks, threads);
@@ -173,7 +188,7 @@ void Packed::pack_row(const Rows& rows, int64_t row, const Frame& frame, Metric 
     }
     scale = length > 0.0 ? static_cast<float>(1.0 / length) : 0.0f;
   } else if (metric == Metric::kDot && !shifted) {  // a query's scale does not change the order of its similarities
-    scale = power_of_two_over(largest_magnitude(x, d));
+    scale = scale_of_row(x, d);
   }
   if (kernels_.prepare(x, d, scale, shifted ? frame.centre.data() : nullptr, scratch) == kInfinity)
     return pad_row(slot, packed);

@@ -20,6 +20,8 @@ class Rows {
   int64_t width() const { return d_; }
   // Row i as float32; `scratch` [d] is used where the matrix is not float32.
   const float* get(int64_t i, float* scratch) const;
+  // Asks the caches for row i.
+  void fetch(int64_t i) const;
 
  private:
   const void* data_;
@@ -39,6 +41,12 @@ struct Frame {
 // The centre is the mean of up to 256 rows of `rows`. The scale comes from the same sample, or from all rows of `rows` and
 // of `others` where the sample turned out not to be typical (`whole`).
 Frame frame_of(const Rows& rows, Metric metric, const Rows* others, bool whole);
+
+// The same without a centre: for inner products with an offset per row, whose order a shift would change.
+Frame frame_at_origin(const Rows& rows, bool whole);
+
+// The power of two by which `pack` scales a row of queries whose inner products are wanted (kDot, not shifted).
+float scale_of_row(const float* x, int64_t d);
 
 // `rows` rounded up to whole panels.
 inline int64_t round_up(int64_t rows, int64_t panel) { return (rows + panel - 1) / panel * panel; }
