@@ -14,15 +14,20 @@ constexpr int64_t kChannelBlock = 256;
 
 struct ExpertMixtureKernels {
   int64_t panel_width;  // rows of a weight matrix that are packed together; results of `multiply` per row of x
-  int64_t row_tile;     // rows of x that `multiply` takes at once
-  // panel[c][r] = w[r][c] for `rows` rows (at most panel_width; the rest of the panel is filled with the last one) and k
-  // channels, w in storage type, ld numbers apart. The same block of the `ahead`-th row from here is brought to the cache.
-  void (*pack)(const void* w, Storage storage, int64_t ld, int64_t rows, int64_t k, int64_t ahead, float* panel);
-  // z[i][r] = sum_c x[i][c] panel[c][r], added to z unless `first`; rows of x kChannelBlock apart
-  void (*multiply)(const float* x, int64_t rows, const float* panel, int64_t k, float* z, int64_t ldz, bool first);
+  int64_t stream_rows;  // rows of x up to which `stream` is faster than `pack` and `multiply`
+  // panel[c][r] = w[r][c] for `rows` rows (at most panel_width; the rest is zero) and k channels, w in storage type with
+  // rows ld numbers apart
+  void (*pack)(const void* w, Storage storage, int64_t ld, int64_t rows, int64_t k, float* panel);
+  // z[i][r] = sum_c x[i][c] panel[c][r], added to z unless `first`; rows of x stand kChannelBlock apart. Meanwhile the
+  // block that is packed next is brought to the second cache: panel_width rows of next_bytes each; null: none.
+  void (*multiply)(const float* x, int64_t rows, const float* panel, int64_t k, float* z, int64_t ldz, bool first,
+                   const char* next, int64_t next_stride, int64_t next_bytes);
+  // The same, with the same bits, from the weights themselves: a full panel, for few rows of x.
+  void (*stream)(const void* w, Storage storage, int64_t ld, int64_t k, const float* x, int64_t rows, float* z, int64_t ldz,
+                 bool first, const void* next);
   // out = scale * x, x in storage type
   void (*load_row)(const void* x, Storage storage, int64_t n, float scale, float* out);
-  // out = act(gate + gate_bias) * (up + up_bias); `up` null: plain; biases null: none. All are padded to panel_width.
+  // out = act(gate + gate_bias) * (up + up_bias); `up` null: plain; biases null: none. n is a multiple of panel_width.
   void (*activate)(Activation kind, const float* gate, const float* up, const float* gate_bias, const float* up_bias,
                    int64_t n, float* out);
   // out += scale * row

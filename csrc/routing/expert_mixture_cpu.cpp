@@ -27,6 +27,7 @@ constexpr int64_t kBlockRows = 96;               // rows of one task: packing a 
 constexpr int64_t kBlockColumns = 256;           // results of one task per row
 constexpr int64_t kGatheredBytes = 256 << 10;    // rows of x that a task holds at once
 constexpr int64_t kHiddenBytes = 16 << 20;       // hidden rows between the two products
+constexpr int64_t kRowPadding = 16;               // a line: rows of results must not share their place in the cache
 constexpr double kPlainWork = 1 << 16;           // multiply-adds below which other threads are not woken
 constexpr int64_t kTasksPerThread = 4;
 
@@ -121,12 +122,21 @@ void multiply_spans(const ExpertMixtureKernels& kernels, const Gather& gather, i
     for (int s = 0; s < count; ++s)
       for (int64_t c = 0; c < spans[s].count; c += kernels.panel_width) {
         const int64_t width = std::min(kernels.panel_width, spans[s].count - c);
-        const int64_t ahead = c + 2 * kernels.panel_width <= spans[s].count ? kernels.panel_width : 0;
+        int64_t next = -1;  // the row of w that a full panel after this one starts with
+        if (c + 2 * kernels.panel_width <= spans[s].count) next = spans[s].first + c + kernels.panel_width;
+        else if (s + 1 < count && spans[s + 1].count >= kernels.panel_width) next = spans[s + 1].first;
         for (int64_t block = group; block < stop; ++block) {
-          const int64_t channels = std::min(size, k - block * size);
-          kernels.pack(w.at(spans[s].first + c, block * size), w.storage, w.stride, width, channels, ahead, panel);
-          kernels.multiply(x + (block - group) * rows * kChannelBlock, rows, panel, channels, z + spans[s].offset + c, ldz,
-                           block == 0);
+          const int64_t begin = block * size, channels = std::min(size, k - begin);
+          const char* ahead = next < 0 ? nullptr : w.at(next, begin);
+          const char* own = w.at(spans[s].first + c, begin);
+          const float* rows_of_x = x + (block - group) * rows * kChannelBlock;
+          float* out = z + spans[s].offset + c;
+          if (rows <= kernels.stream_rows && width == kernels.panel_width) {
+            kernels.stream(own, w.storage, w.stride, channels, rows_of_x, rows, out, ldz, block == 0, ahead);
+            continue;
+          }
+          kernels.pack(own, w.storage, w.stride, width, channels, panel);
+          kernels.multiply(rows_of_x, rows, panel, channels, out, ldz, block == 0, ahead, w.stride * w.bytes, channels * w.bytes);
         }
       }
   }
@@ -252,7 +262,7 @@ const float* Mixture::bias_of(const Layer& layer, int64_t expert, int64_t first,
 }
 
 void Mixture::run_up(const Block& block, int64_t first, int64_t count) const {
-  const int64_t width = round_up(count, kernels_.panel_width), ldz = gated_ ? 2 * width : width;
+  const int64_t width = round_up(count, kernels_.panel_width), ldz = (gated_ ? 2 * width : width) + kRowPadding;
   float* z = scratch().get(3, block.rows * ldz);
   const Span spans[2] = {{first, count, 0}, {hidden_ + first, count, width}};
   const auto gather = [&](int64_t i, int64_t begin, int64_t n, float* out) {
@@ -268,17 +278,17 @@ void Mixture::run_up(const Block& block, int64_t first, int64_t count) const {
 }
 
 void Mixture::run_down(const Block& block, int64_t first, int64_t count) const {
-  const int64_t width = round_up(count, kernels_.panel_width);
-  float* z = scratch().get(3, block.rows * width);
+  const int64_t ldz = round_up(count, kernels_.panel_width) + kRowPadding;
+  float* z = scratch().get(3, block.rows * ldz);
   const Span span{first, count, 0};
   const auto gather = [&](int64_t i, int64_t begin, int64_t n, float* out) {
     std::memcpy(out, hidden_rows_ + (block.first - chunk_ + i) * hidden_stride_ + begin, static_cast<size_t>(n) * 4);
   };
-  multiply_spans(kernels_, gather, block.rows, down_.of(block.expert), hidden_, &span, 1, z, width);
+  multiply_spans(kernels_, gather, block.rows, down_.of(block.expert), hidden_, &span, 1, z, ldz);
   const float* bias = bias_of(down_, block.expert, first, count, 0);
   for (int64_t i = 0; i < block.rows; ++i) {
     float* out = result_ + order_[block.first + i] * result_stride_ + first;
-    std::memcpy(out, z + i * width, static_cast<size_t>(count) * 4);
+    std::memcpy(out, z + i * ldz, static_cast<size_t>(count) * 4);
     if (bias != nullptr) kernels_.accumulate(bias, 1.0f, count, out);
   }
 }

@@ -31,96 +31,182 @@ inline float widen(Half x) {
   return __builtin_bit_cast(float, __builtin_bit_cast(uint32_t, scaled) | sign);
 }
 
-// Channels [begin, end) of 8 rows into columns of the panel.
+// Columns are vectors over V::kWidth rows of w; one step of `load_columns` makes those of kStep<T> channels.
 template <class T>
-void pack_plain(const T* const* rows, int64_t begin, int64_t end, float* panel, int64_t width) {
-  for (int64_t c = begin; c < end; ++c)
-    for (int r = 0; r < 8; ++r) panel[c * width + r] = widen(rows[r][c]);
+constexpr int kStep = sizeof(T) == 2 && !__is_same(T, Half) ? 8 : 4;
+
+template <class V, class T>
+typename V::F load_column(const T* w, int64_t ld) {
+  float column[V::kWidth];
+  for (int r = 0; r < V::kWidth; ++r) column[r] = widen(w[r * ld]);
+  return V::load(column);
 }
 
 #if defined(PLANMILL_AVX2) || defined(PLANMILL_AVX512)
 inline __m128 load4(const float* x) { return _mm_loadu_ps(x); }
 inline __m128 load4(const Half* x) { return _mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(x))); }
-inline __m256 join(__m128 low, __m128 high) { return _mm256_insertf128_ps(_mm256_castps128_ps256(low), high, 1); }
+inline __m128 load4(const BFloat16* x) { return _mm_loadu_ps(reinterpret_cast<const float*>(x)); }  // pairs of channels
 
-// Four rows of two four-number halves each -> four columns of eight.
-inline void transpose4(__m256& a, __m256& b, __m256& c, __m256& d) {
+// Four columns of eight rows, of numbers of 32 bits.
+template <class T>
+inline void transpose_rows(const T* w, int64_t ld, __m256* out) {
+  const auto rows = [&](int64_t r) {
+    return _mm256_insertf128_ps(_mm256_castps128_ps256(load4(w + r * ld)), load4(w + (r + 4) * ld), 1);
+  };
+  const __m256 a = rows(0), b = rows(1), c = rows(2), d = rows(3);
   const __m256 ab0 = _mm256_unpacklo_ps(a, b), ab1 = _mm256_unpackhi_ps(a, b);
   const __m256 cd0 = _mm256_unpacklo_ps(c, d), cd1 = _mm256_unpackhi_ps(c, d);
-  a = _mm256_shuffle_ps(ab0, cd0, 0x44);
-  b = _mm256_shuffle_ps(ab0, cd0, 0xee);
-  c = _mm256_shuffle_ps(ab1, cd1, 0x44);
-  d = _mm256_shuffle_ps(ab1, cd1, 0xee);
+  out[0] = _mm256_shuffle_ps(ab0, cd0, 0x44);
+  out[1] = _mm256_shuffle_ps(ab0, cd0, 0xee);
+  out[2] = _mm256_shuffle_ps(ab1, cd1, 0x44);
+  out[3] = _mm256_shuffle_ps(ab1, cd1, 0xee);
 }
+#endif
 
-template <class T>
-int64_t pack_vector(const T* const* rows, int64_t k, float* panel, int64_t width) {
-  int64_t c = 0;
-  for (; c + 4 <= k; c += 4) {
-    __m256 v0 = join(load4(rows[0] + c), load4(rows[4] + c)), v1 = join(load4(rows[1] + c), load4(rows[5] + c));
-    __m256 v2 = join(load4(rows[2] + c), load4(rows[6] + c)), v3 = join(load4(rows[3] + c), load4(rows[7] + c));
-    transpose4(v0, v1, v2, v3);
-    float* out = panel + c * width;
-    _mm256_storeu_ps(out, v0);
-    _mm256_storeu_ps(out + width, v1);
-    _mm256_storeu_ps(out + 2 * width, v2);
-    _mm256_storeu_ps(out + 3 * width, v3);
-  }
-  return c;
+#if defined(PLANMILL_AVX2)
+inline __m256 even_channels(__m256 pairs) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(pairs), 16));
 }
-
-// Pairs of bfloat16 travel as one number; the even channel of a pair is its low half.
-inline int64_t pack_vector(const BFloat16* const* rows, int64_t k, float* panel, int64_t width) {
-  int64_t c = 0;
-  const auto load = [&](int r) { return _mm_loadu_ps(reinterpret_cast<const float*>(rows[r] + c)); };
-  const auto store = [&](float* out, __m256 pairs) {
-    const __m256i bits = _mm256_castps_si256(pairs);
-    _mm256_storeu_ps(out, _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16)));
-    _mm256_storeu_ps(out + width, _mm256_castsi256_ps(_mm256_and_si256(bits, _mm256_set1_epi32(-65536))));
-  };
-  for (; c + 8 <= k; c += 8) {
-    __m256 v0 = join(load(0), load(4)), v1 = join(load(1), load(5));
-    __m256 v2 = join(load(2), load(6)), v3 = join(load(3), load(7));
-    transpose4(v0, v1, v2, v3);
-    float* out = panel + c * width;
-    store(out, v0);
-    store(out + 2 * width, v1);
-    store(out + 4 * width, v2);
-    store(out + 6 * width, v3);
-  }
-  return c;
+inline __m256 odd_channels(__m256 pairs) {
+  return _mm256_castsi256_ps(_mm256_and_si256(_mm256_castps_si256(pairs), _mm256_set1_epi32(-65536)));
 }
-#else
 template <class T>
-int64_t pack_vector(const T* const*, int64_t, float*, int64_t) {
-  return 0;
+inline void transpose_all(const T* w, int64_t ld, __m256* out) {
+  transpose_rows(w, ld, out);
+}
+#elif defined(PLANMILL_AVX512)
+inline __m512 even_channels(__m512 pairs) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(pairs), 16));
+}
+inline __m512 odd_channels(__m512 pairs) {
+  return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(pairs), _mm512_set1_epi32(-65536)));
+}
+template <class T>
+inline void transpose_all(const T* w, int64_t ld, __m512* out) {
+  __m256 low[4], high[4];
+  transpose_rows(w, ld, low);
+  transpose_rows(w + 8 * ld, ld, high);
+  for (int i = 0; i < 4; ++i) out[i] = _mm512_insertf32x8(_mm512_castps256_ps512(low[i]), high[i], 1);
 }
 #endif
 
 template <class V, class T>
-void pack_as(const T* w, int64_t ld, int64_t rows, int64_t k, int64_t ahead, float* panel) {
-  constexpr int64_t width = 2 * V::kWidth;
-  constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(T));
-  for (int64_t first = 0; first < width; first += 8) {
-    const T* row[8];
-    for (int64_t r = 0; r < 8; ++r) row[r] = w + (first + r < rows ? first + r : rows - 1) * ld;
-    if (ahead != 0)
-      for (int64_t r = 0; r < 8; ++r)
-        for (int64_t c = 0; c < k; c += line) __builtin_prefetch(row[r] + ahead * ld + c, 0, 2);
-    const int64_t done = pack_vector(row, k, panel + first, width);
-    pack_plain(row, done, k, panel + first, width);
+inline void load_columns(const T* w, int64_t ld, typename V::F* columns) {
+#if defined(PLANMILL_AVX2) || defined(PLANMILL_AVX512)
+  if constexpr (kStep<T> == 8) {
+    typename V::F pairs[4];
+    transpose_all(w, ld, pairs);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) columns[2 * i] = even_channels(pairs[i]), columns[2 * i + 1] = odd_channels(pairs[i]);
+  } else {
+    transpose_all(w, ld, columns);
+  }
+#else
+  for (int i = 0; i < kStep<T>; ++i) columns[i] = load_column<V>(w + i, ld);
+#endif
+}
+
+template <class V, class T>
+void pack_as(const T* w, int64_t ld, int64_t rows, int64_t k, float* panel) {
+  constexpr int64_t width = 2 * V::kWidth, step = kStep<T>;
+  if (rows < width) {
+    for (int64_t c = 0; c < k; ++c)
+      for (int64_t r = 0; r < width; ++r) panel[c * width + r] = r < rows ? widen(w[r * ld + c]) : 0.0f;
+    return;
+  }
+  for (int half = 0; half < 2; ++half, w += V::kWidth * ld, panel += V::kWidth) {
+    int64_t c = 0;
+    for (; c + step <= k; c += step) {
+      typename V::F columns[step];
+      load_columns<V>(w + c, ld, columns);
+#pragma GCC unroll 8
+      for (int64_t i = 0; i < step; ++i) V::store(panel + (c + i) * width, columns[i]);
+    }
+    for (; c < k; ++c) V::store(panel + c * width, load_column<V>(w + c, ld));
+  }
+}
+
+// Few rows of x: the panel is used where it is made, in registers. The sums are those of multiply_tile, bit for bit.
+template <class V, class T, int N>
+void stream_tile(const T* w, int64_t ld, int64_t k, const float* x, float* z, int64_t ldz, bool first, const T* next) {
+  using F = typename V::F;
+  constexpr int W = V::kWidth;
+  constexpr int64_t step = kStep<T>, line = 64 / static_cast<int64_t>(sizeof(T)), share = 2 * W * step / line;
+  F sum[N][2];
+#pragma GCC unroll 8
+  for (int r = 0; r < N; ++r) sum[r][0] = sum[r][1] = V::zero();
+  int64_t c = 0;
+  for (; c + step <= k; c += step) {
+    if (next != nullptr)  // a line of every row of the next panel, spread over the steps that use a line of this one
+      for (int64_t r = c % line / step * share; r < (c % line / step + 1) * share; ++r)
+        __builtin_prefetch(next + r * ld + c / line * line, 0, 3);
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      F columns[step];
+      load_columns<V>(w + half * W * ld + c, ld, columns);
+#pragma GCC unroll 8
+      for (int64_t i = 0; i < step; ++i)
+#pragma GCC unroll 8
+        for (int r = 0; r < N; ++r) sum[r][half] = V::fma(V::set1(x[r * kChannelBlock + c + i]), columns[i], sum[r][half]);
+    }
+  }
+  for (; c < k; ++c)
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      const F column = load_column<V>(w + half * W * ld + c, ld);
+#pragma GCC unroll 8
+      for (int r = 0; r < N; ++r) sum[r][half] = V::fma(V::set1(x[r * kChannelBlock + c]), column, sum[r][half]);
+    }
+#pragma GCC unroll 8
+  for (int r = 0; r < N; ++r)
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      float* out = z + r * ldz + half * W;
+      V::store(out, first ? sum[r][half] : V::add(V::load(out), sum[r][half]));
+    }
+}
+
+constexpr int kStreamTile = 4;   // rows of x whose sums fit in registers beside the columns
+constexpr int kStreamRows = 8;   // from here on it pays to pack
+
+template <class V, class T, int N>
+void stream_rows(int64_t n, const T* w, int64_t ld, int64_t k, const float* x, float* z, int64_t ldz, bool first, const T* next) {
+  if (n == N) return stream_tile<V, T, N>(w, ld, k, x, z, ldz, first, next);
+  if constexpr (N > 1) stream_rows<V, T, N - 1>(n, w, ld, k, x, z, ldz, first, next);
+}
+
+template <class V, class T>
+void stream_as(const T* w, int64_t ld, int64_t k, const float* x, int64_t rows, float* z, int64_t ldz, bool first, const T* next) {
+  const int64_t tiles = (rows + kStreamTile - 1) / kStreamTile;
+  for (int64_t tile = 0, row = 0; tile < tiles; ++tile) {
+    const int64_t n = (rows - row) / (tiles - tile);
+    stream_rows<V, T, kStreamTile>(n, w, ld, k, x + row * kChannelBlock, z + row * ldz, ldz, first, tile == 0 ? next : nullptr);
+    row += n;
   }
 }
 
 template <class V>
-void pack(const void* w, Storage storage, int64_t ld, int64_t rows, int64_t k, int64_t ahead, float* panel) {
+void stream(const void* w, Storage storage, int64_t ld, int64_t k, const float* x, int64_t rows, float* z, int64_t ldz,
+            bool first, const void* next) {
   switch (storage) {
     case Storage::kFloat:
-      return pack_as<V>(static_cast<const float*>(w), ld, rows, k, ahead, panel);
+      return stream_as<V>(static_cast<const float*>(w), ld, k, x, rows, z, ldz, first, static_cast<const float*>(next));
     case Storage::kBFloat16:
-      return pack_as<V>(static_cast<const BFloat16*>(w), ld, rows, k, ahead, panel);
+      return stream_as<V>(static_cast<const BFloat16*>(w), ld, k, x, rows, z, ldz, first, static_cast<const BFloat16*>(next));
     case Storage::kHalf:
-      return pack_as<V>(static_cast<const Half*>(w), ld, rows, k, ahead, panel);
+      return stream_as<V>(static_cast<const Half*>(w), ld, k, x, rows, z, ldz, first, static_cast<const Half*>(next));
+  }
+}
+
+template <class V>
+void pack(const void* w, Storage storage, int64_t ld, int64_t rows, int64_t k, float* panel) {
+  switch (storage) {
+    case Storage::kFloat:
+      return pack_as<V>(static_cast<const float*>(w), ld, rows, k, panel);
+    case Storage::kBFloat16:
+      return pack_as<V>(static_cast<const BFloat16*>(w), ld, rows, k, panel);
+    case Storage::kHalf:
+      return pack_as<V>(static_cast<const Half*>(w), ld, rows, k, panel);
   }
 }
 
@@ -160,10 +246,14 @@ constexpr int kRowTile = V::kWidth == 16 ? 12 : 6;  // as many as the registers 
 
 // Tiles of equal height, as far as that goes: a low tile waits for its own sums.
 template <class V>
-void multiply(const float* x, int64_t rows, const float* panel, int64_t k, float* z, int64_t ldz, bool first) {
+void multiply(const float* x, int64_t rows, const float* panel, int64_t k, float* z, int64_t ldz, bool first,
+              const char* next, int64_t next_stride, int64_t next_bytes) {
   const int64_t tiles = (rows + kRowTile<V> - 1) / kRowTile<V>;
   for (int64_t tile = 0, row = 0; tile < tiles; ++tile) {
     const int64_t n = (rows - row) / (tiles - tile);
+    if (next != nullptr)
+      for (int64_t r = tile * 2 * V::kWidth / tiles; r < (tile + 1) * 2 * V::kWidth / tiles; ++r)
+        for (int64_t b = 0; b < next_bytes; b += 64) __builtin_prefetch(next + r * next_stride + b, 0, 2);
     multiply_rows<V, kRowTile<V>>(n, x + row * kChannelBlock, panel, k, z + row * ldz, ldz, first);
     row += n;
   }
@@ -225,7 +315,7 @@ void accumulate(const float* row, float scale, int64_t n, float* out) {
 
 template <class V>
 constexpr ExpertMixtureKernels expert_mixture_kernels() {
-  return {2 * V::kWidth, kRowTile<V>, &pack<V>, &multiply<V>, &load_row, &activate<V>, &accumulate<V>};
+  return {2 * V::kWidth, kStreamRows, &pack<V>, &multiply<V>, &stream<V>, &load_row, &activate<V>, &accumulate<V>};
 }
 
 }  // namespace
