@@ -37,13 +37,13 @@ float centre_row(const float* x, int64_t d, int64_t padded, const float* pivot, 
 
 // Four rows at a time, so that the sums are read and written once for four of them; `Rows` is 4, or 1 for the rest.
 template <class V, int Rows>
-void pack_rows(const float* x, int64_t d, const float* pivot, float* packed, float* sums) {
+void pack_rows(const float* x, const float* const* pivots, int64_t d, float* packed, float* sums) {
   constexpr int64_t kPanel = Tile<V>::kPanel, kStride = kCovarianceRows * kPanel + kPanelPad;
   const int64_t padded = (d + kPanel - 1) / kPanel * kPanel;
   float* rows = sums + 2 * padded + 1;
   typename V::F square[Rows];
   for (int r = 0; r < Rows; ++r) {
-    const float a = centre_row<V>(x + r * d, d, padded, pivot, rows + r * padded);
+    const float a = centre_row<V>(x + r * d, d, padded, pivots[r], rows + r * padded);
     square[r] = V::set1(a);
     sums[2 * padded] += a * a;
   }
@@ -63,13 +63,13 @@ void pack_rows(const float* x, int64_t d, const float* pivot, float* packed, flo
 }
 
 template <class V>
-void pack_centred(const float* x, int64_t rows, int64_t d, const float* pivot, float* packed, float* sums) {
+void pack_centred(const float* x, const float* const* pivots, int64_t rows, int64_t d, float* packed, float* sums) {
   constexpr int64_t kPanel = Tile<V>::kPanel;
   const int64_t padded = (d + kPanel - 1) / kPanel * kPanel;
   for (int64_t i = 0; i <= 2 * padded; ++i) sums[i] = 0.0f;
   int64_t r = 0;
-  for (; r + 4 <= rows; r += 4) pack_rows<V, 4>(x + r * d, d, pivot, packed + r * kPanel, sums);
-  for (; r < rows; ++r) pack_rows<V, 1>(x + r * d, d, pivot, packed + r * kPanel, sums);
+  for (; r + 4 <= rows; r += 4) pack_rows<V, 4>(x + r * d, pivots + r, d, packed + r * kPanel, sums);
+  for (; r < rows; ++r) pack_rows<V, 1>(x + r * d, pivots + r, d, packed + r * kPanel, sums);
 }
 
 template <class V>

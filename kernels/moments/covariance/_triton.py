@@ -58,32 +58,47 @@ def tile_of(pair):
     return pair - column * (column + 1) // 2, column
 
 
-@triton.jit(do_not_specialize=["rows", "width", "pairs", "splits", "run"])
+@triton.jit
+def centred_tile(p_rows, o_d, m_n, width, pivot_ptr, label, stride_d, BY_LABEL: tl.constexpr):
+    """Rows relative to their pivot, float32: one pivot for all, or that of each row's label; 0 outside."""
+    mask = m_n[:, None] & (o_d < width)[None, :]
+    x = tl.load(p_rows + o_d.to(tl.int64)[None, :] * stride_d, mask=mask, other=0.0).to(tl.float32)
+    if BY_LABEL:
+        pivot = tl.load(pivot_ptr + label[:, None] * width + o_d[None, :], mask=mask, other=0.0)
+    else:
+        pivot = tl.load(pivot_ptr + o_d, mask=o_d < width, other=0.0)[None, :]
+    return tl.where(mask, x - pivot, 0.0)
+
+
+@triton.jit(do_not_specialize=["rows", "width", "pairs", "splits", "run", "classes"])
 def product_kernel(
-    x_ptr, pivot_ptr, partial_ptr, rows, width, pairs, splits, run, stride_b, stride_n, stride_d,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    x_ptr, pivot_ptr, label_ptr, partial_ptr, rows, width, pairs, splits, run, classes, stride_b, stride_n, stride_d,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BY_LABEL: tl.constexpr,
 ):  # fmt: skip
-    """partial[batch, split, pair] = z[rows of the split, tile row]^T z[..., tile column]."""
+    """partial[batch, split, pair] = z[rows of the split, tile row]^T z[..., tile column].
+
+    BY_LABEL: the pivots are [classes, width], and rows of a label from `classes` on count as 0.
+    """
     pair = tl.program_id(0) % pairs
     split = tl.program_id(0) // pairs % splits
     batch = (tl.program_id(0) // pairs // splits).to(tl.int64)
     i, j = tile_of(pair)
     o_i = i * BLOCK_D + tl.arange(0, BLOCK_D)
     o_j = j * BLOCK_D + tl.arange(0, BLOCK_D)
-    pivot_i = tl.load(pivot_ptr + batch * width + o_i, mask=o_i < width, other=0.0)
-    pivot_j = tl.load(pivot_ptr + batch * width + o_j, mask=o_j < width, other=0.0)
     p_set = x_ptr + batch * stride_b
+    p_pivot = pivot_ptr + batch * width
     end = tl.minimum((split + 1) * run, rows)
     sums = tl.zeros((BLOCK_D, BLOCK_D), tl.float32)
     for first in range(split * run, end, BLOCK_N):
         o_n = first + tl.arange(0, BLOCK_N)
+        m_n = o_n < end
+        label = o_n.to(tl.int64)
+        if BY_LABEL:
+            label = tl.load(label_ptr + o_n, mask=m_n, other=0).to(tl.int64)
+            m_n = m_n & (label < classes)
         p_rows = p_set + o_n.to(tl.int64)[:, None] * stride_n
-        m_i = (o_n < end)[:, None] & (o_i < width)[None, :]
-        m_j = (o_n < end)[:, None] & (o_j < width)[None, :]
-        a = tl.load(p_rows + o_i.to(tl.int64)[None, :] * stride_d, mask=m_i, other=0.0).to(tl.float32)
-        b = tl.load(p_rows + o_j.to(tl.int64)[None, :] * stride_d, mask=m_j, other=0.0).to(tl.float32)
-        a = tl.where(m_i, a - pivot_i[None, :], 0.0)
-        b = tl.where(m_j, b - pivot_j[None, :], 0.0)
+        a = centred_tile(p_rows, o_i, m_n, width, p_pivot, label, stride_d, BY_LABEL)
+        b = centred_tile(p_rows, o_j, m_n, width, p_pivot, label, stride_d, BY_LABEL)
         sums = tl.dot(tl.trans(a), b, sums, input_precision="tf32x3")
     o_tile = tl.arange(0, BLOCK_D)[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
     tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * (BLOCK_D * BLOCK_D) + o_tile, sums)
@@ -150,8 +165,8 @@ def launch(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
             x, pivot, linear, cubes, fourths, rows, width, chunks, *x.stride(), BLOCK_N=SUM_ROWS, BLOCK_D=SUM_COLUMNS
         )
         product_kernel[(sets * splits * pairs,)](
-            x, pivot, partial, rows, width, pairs, splits, run, *x.stride(),
-            BLOCK_N=TILE_N, BLOCK_D=tile, num_warps=8 if tile == 128 else 4, num_stages=2,
+            x, pivot, x, partial, rows, width, pairs, splits, run, 0, *x.stride(),
+            BLOCK_N=TILE_N, BLOCK_D=tile, BY_LABEL=False, num_warps=8 if tile == 128 else 4, num_stages=2,
         )  # fmt: skip
         off = linear.sum(1, dtype=torch.float64) / rows
         slice_rows = min(16, tile)
@@ -179,7 +194,8 @@ def _static() -> list[StaticKernel]:
         made += [
             StaticKernel(sums_kernel, pointers, constants={"BLOCK_N": SUM_ROWS, "BLOCK_D": SUM_COLUMNS, "stride_d": 1}),
             StaticKernel(
-                product_kernel, pointers, constants={"BLOCK_N": TILE_N, "BLOCK_D": tile, "stride_d": 1},
+                product_kernel, {**pointers, "label_ptr": dtype},
+                constants={"BLOCK_N": TILE_N, "BLOCK_D": tile, "BY_LABEL": False, "stride_d": 1},
                 num_warps=8 if tile == 128 else 4, num_stages=2, tensor_core=True,
             ),
             StaticKernel(finish_kernel, pointers, constants={"BLOCK_D": tile, "SLICE": min(16, tile)}),
