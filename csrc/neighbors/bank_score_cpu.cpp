@@ -3,121 +3,15 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <cmath>
 #include <limits>
 
 #include "neighbors/scoring.h"
+#include "neighbors/search.h"
 
 namespace planmill {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr float kLowest = -3.0e38f;
-constexpr int64_t kColumns = 1024;               // right rows of a block
-constexpr int64_t kPackedBytes = int64_t{24} << 20;  // of queries, and of the database, packed at a time
-
-// What a query found in a segment so far.
-struct Best {
-  float value;    // distance (smaller is better) or inner product (larger is better)
-  int32_t index;  // row of the database
-};
-
-// Queries against segments of a database. `best` [n, S] starts out as "nothing found" and is updated in place.
-struct Search {
-  const ScreenKernels& kernels;
-  Metric metric;
-  bool exact;
-  const Rows& queries;
-  const Rows& database;
-  const std::vector<int64_t>& offsets;
-  Best* best;
-
-  int64_t segments() const { return static_cast<int64_t>(offsets.size()) - 1; }
-  bool better(float a, float b) const { return metric == Metric::kL2 ? a < b : a > b; }
-  void run();
-  bool attempt(const Frame& frame);
-  bool pack_segments(Packed& right, int64_t first, int64_t last, const Frame& frame, std::vector<int64_t>& slots) const;
-  void task(const Block& block, int64_t left_slot, int64_t query, int64_t count, int64_t segment, int64_t right_slot,
-            float scale, Workspace& w) const;
-};
-
-void Search::run() {
-  if (!attempt(frame_of(database, metric, &queries, false))) attempt(frame_of(database, metric, &queries, true));
-}
-
-bool Search::pack_segments(Packed& right, int64_t first, int64_t last, const Frame& frame,
-                           std::vector<int64_t>& slots) const {
-  bool fits = true;
-  int64_t slot = 0;
-  slots.clear();
-  for (int64_t s = first; s < last; ++s) {
-    slots.push_back(slot);
-    const int64_t count = offsets[s + 1] - offsets[s];
-    fits &= right.pack(database, offsets[s], count, frame, metric, true, !exact, slot);
-    slot += right.padded(count);
-  }
-  return fits;
-}
-
-// Groups of queries and groups of segments, each packed once per meeting; tasks are (chunk of queries, segment).
-bool Search::attempt(const Frame& frame) {
-  const int64_t d = queries.width(), row_bytes = 2 * d + 64;
-  const int64_t group = std::max<int64_t>(kernels.left_rows, kPackedBytes / row_bytes);
-  Packed left(kernels, Packed::Side::kLeft, std::min(group, queries.count()), d);
-  const int64_t chunk = even_block(std::min(group, queries.count()), kernels.left_rows, kernels.left_panel, 1);
-  for (int64_t first = 0; first < segments();) {
-    int64_t last = first, slots_used = 0;
-    do slots_used += round_up(offsets[last + 1] - offsets[last], kernels.right_panel), ++last;
-    while (last < segments() && (slots_used + round_up(offsets[last + 1] - offsets[last], kernels.right_panel)) * row_bytes <= kPackedBytes);
-    Packed right(kernels, Packed::Side::kRight, slots_used, d);
-    std::vector<int64_t> slots;
-    if (!pack_segments(right, first, last, frame, slots)) return false;
-    const Block block{kernels, left, right, queries, database, metric};
-    for (int64_t q = 0; q < queries.count(); q += group) {
-      const int64_t count = std::min(group, queries.count() - q), chunks = (count + chunk - 1) / chunk;
-      if (!left.pack(queries, q, count, frame, metric, metric == Metric::kL2, !exact, 0)) return false;
-      at::parallel_for(0, chunks * (last - first), 1, [&](int64_t begin, int64_t end) {
-        Workspace w;
-        for (int64_t t = begin; t < end; ++t) {
-          const int64_t at = t % chunks * chunk, segment = t / chunks;
-          task(block, at, q + at, std::min(chunk, count - at), first + segment, slots[segment], frame.scale, w);
-        }
-      });
-    }
-    first = last;
-  }
-  return true;
-}
-
-void Search::task(const Block& block, int64_t left_slot, int64_t query, int64_t count, int64_t segment,
-                  int64_t right_slot, float scale, Workspace& w) const {
-  const int64_t begin = offsets[segment], size = offsets[segment + 1] - begin;
-  w.low_left.assign(static_cast<size_t>(count), kLowest);
-  for (int64_t c = 0; c < size; c += kColumns) {
-    const int64_t columns = std::min(kColumns, size - c);
-    if (exact) {
-      visit_candidates(block, left_slot, query, count, right_slot + c, begin + c, columns, w.low_left.data(), nullptr, w,
-                       [&](int64_t r, const int32_t* found, const float* values, int64_t n) {
-                         Best& own = best[(query + r) * segments() + segment];
-                         for (int64_t k = 0; k < n; ++k)  // ascending rows: the first of equals stays
-                           if (own.index < 0 || better(values[k], own.value))
-                             own = {values[k], static_cast<int32_t>(begin + c + found[k])};
-                       });
-      continue;
-    }
-    const int64_t padded = block.right.padded(columns);
-    w.products.resize(static_cast<size_t>(block.left.padded(count) * padded));
-    kernels.multiply(block.left.at(left_slot), block.right.at(right_slot + c), block.left.panels(count),
-                     block.right.panels(padded), block.left.pairs(), w.products.data(), padded);
-    kernels.maxima(w.products.data(), count, padded, padded, block.left.stats(left_slot), block.right.stats(right_slot + c),
-                   w.low_left.data(), nullptr);
-  }
-  if (exact) return;
-  const StatsView left = block.left.stats(left_slot);
-  for (int64_t r = 0; r < count; ++r)
-    if (left.half[r] < kInfinity && w.low_left[r] > kLowest)
-      best[(query + r) * segments() + segment] = {std::sqrt(std::max(0.0f, 2.0f * (left.half[r] - w.low_left[r]))) / scale, 0};
-}
 
 at::Tensor bank_score(const at::Tensor& features, const at::Tensor& bank, double low, double high, double radius,
                       int64_t width, bool exact) {

@@ -27,7 +27,11 @@ const ScreenKernels& screen_kernels() {
 Rows::Rows(const at::Tensor& contiguous, int64_t d)
     : data_(contiguous.const_data_ptr()), type_(contiguous.scalar_type()), count_(d > 0 ? contiguous.numel() / d : 0), d_(d) {}
 
+Rows::Rows(const at::Tensor& contiguous, int64_t d, const int32_t* chosen, int64_t count)
+    : data_(contiguous.const_data_ptr()), type_(contiguous.scalar_type()), count_(count), d_(d), chosen_(chosen) {}
+
 const float* Rows::get(int64_t i, float* scratch) const {
+  if (chosen_ != nullptr) i = chosen_[i];
   if (type_ == at::kFloat) return static_cast<const float*>(data_) + i * d_;
   if (type_ == at::kBFloat16) {
     const auto* bits = static_cast<const uint16_t*>(data_) + i * d_;
@@ -237,9 +241,15 @@ void Block::evaluate(int64_t row, int64_t first, const int32_t* index, int64_t c
     const int64_t some = std::min<int64_t>(4, count - k);
     for (int64_t j = 0; j < some; ++j) y[j] = right_rows.get(first + index[k + j], w.scratch_rows.data() + j * d);
     (metric == Metric::kL2 ? kernels.squared_distances : kernels.dots)(x, y, some, d, values);
-    for (int64_t j = 0; j < some; ++j)
-      values[j] = metric == Metric::kL2 ? distance_from_square(values[j], x, y[j], d)
-                                        : static_cast<float>(product_in_range(values[j], x, y[j], d));
+    for (int64_t j = 0; j < some; ++j) {
+      if (metric == Metric::kL2) {
+        values[j] = distance_from_square(values[j], x, y[j], d);
+        continue;
+      }
+      double product = product_in_range(values[j], x, y[j], d);
+      if (metric == Metric::kCosine) product *= left_inverse[row] * right_inverse[first + index[k + j]];
+      values[j] = static_cast<float>(product);
+    }
   }
 }
 

@@ -12,10 +12,11 @@ namespace planmill {
 // The kernels of the instruction set in use (common/cpu_capability.h).
 const ScreenKernels& screen_kernels();
 
-// The rows of a contiguous float32, bfloat16 or float16 matrix.
+// The rows of a contiguous float32, bfloat16 or float16 matrix; or those of its rows that `chosen` [count] names.
 class Rows {
  public:
   explicit Rows(const at::Tensor& contiguous, int64_t d);
+  Rows(const at::Tensor& contiguous, int64_t d, const int32_t* chosen, int64_t count);
   int64_t count() const { return count_; }
   int64_t width() const { return d_; }
   // Row i as float32; `scratch` [d] is used where the matrix is not float32.
@@ -27,6 +28,7 @@ class Rows {
   const void* data_;
   at::ScalarType type_;
   int64_t count_, d_;
+  const int32_t* chosen_ = nullptr;
 };
 
 enum class Metric { kL2, kDot, kCosine };
@@ -118,8 +120,11 @@ struct Block {
   const Rows& left_rows;
   const Rows& right_rows;
   Metric metric;
+  // kCosine: one over the lengths of all rows of the operands, 0 for a zero row.
+  const double* left_inverse = nullptr;
+  const double* right_inverse = nullptr;
 
-  // float32 distances (kL2) or inner products of left row `row` with `count` right rows `first + index[k]`.
+  // float32 distances (kL2), inner products (kDot) or cosines of left row `row` with `count` right rows `first + index[k]`.
   void evaluate(int64_t row, int64_t first, const int32_t* index, int64_t count, Workspace& w, float* values) const;
 };
 

@@ -1,0 +1,23 @@
+// Weighted sums of rows of a matrix: token_merging and hash_embedding.
+#pragma once
+
+#include <cstdint>
+
+namespace planmill {
+
+enum class Element : int { kFloat = 0, kBFloat16 = 1, kHalf = 2 };
+
+inline int64_t bytes_of(Element type) { return type == Element::kFloat ? 4 : 2; }
+
+struct RowKernels {
+  // out [n] = factor * (sum over k < count of weights[k] * rows[k]), rows and out of `type`; sums in float32, in the order
+  // of the rows. `weights` null: all one.
+  void (*sum)(Element type, const void* const* rows, const float* weights, int64_t count, int64_t n, float factor,
+              void* out);
+};
+
+const RowKernels* rows_baseline();
+const RowKernels* rows_avx2();
+const RowKernels* rows_avx512();
+
+}  // namespace planmill

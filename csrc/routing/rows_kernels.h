@@ -1,0 +1,104 @@
+// The kernels behind RowKernels, written once over a vector type of common/vec.h.
+#pragma once
+
+#include "common/vec.h"
+#include "routing/rows.h"
+
+namespace planmill {
+namespace {
+
+// A stored number and its float32 value; plain code, which the compiler turns into the conversions that there are.
+struct Float32 {
+  using Stored = float;
+  static float read(Stored x) { return x; }
+  static Stored round(float x) { return x; }
+};
+
+struct BFloat16 {
+  using Stored = uint16_t;
+  static float read(Stored x) {
+    const uint32_t word = static_cast<uint32_t>(x) << 16;
+    float value;
+    __builtin_memcpy(&value, &word, 4);
+    return value;
+  }
+  static Stored round(float x) {  // nearest even; NaN stays NaN
+    uint32_t word;
+    __builtin_memcpy(&word, &x, 4);
+    const uint32_t rounded = (word + 0x7fff + ((word >> 16) & 1)) >> 16;
+    return static_cast<Stored>((word & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+  }
+};
+
+struct Half {
+  using Stored = _Float16;
+  static float read(Stored x) { return static_cast<float>(x); }
+  static Stored round(float x) { return static_cast<Stored>(x); }
+};
+
+template <class V, class T>
+inline typename V::F load_row(const typename T::Stored* p) {
+  if constexpr (sizeof(typename T::Stored) == 4) {
+    return V::load(p);
+  } else {
+    float wide[V::kWidth];
+    for (int i = 0; i < V::kWidth; ++i) wide[i] = T::read(p[i]);
+    return V::load(wide);
+  }
+}
+
+template <class V, class T>
+inline void store_row(typename T::Stored* p, typename V::F x) {
+  if constexpr (sizeof(typename T::Stored) == 4) {
+    V::store(p, x);
+  } else {
+    float wide[V::kWidth];
+    V::store(wide, x);
+    for (int i = 0; i < V::kWidth; ++i) p[i] = T::round(wide[i]);
+  }
+}
+
+// Four vectors of columns at a time, all rows: the sums stay in registers.
+template <class V, class T>
+void sum_of(const void* const* rows, const float* weights, int64_t count, int64_t n, float factor, void* out) {
+  using Stored = typename T::Stored;
+  constexpr int64_t kStep = 4 * V::kWidth;
+  auto* target = static_cast<Stored*>(out);
+  const auto vfactor = V::set1(factor);
+  int64_t i = 0;
+  for (; i + kStep <= n; i += kStep) {
+    typename V::F sum[4];
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; ++c) sum[c] = V::zero();
+    for (int64_t k = 0; k < count; ++k) {
+      const auto* row = static_cast<const Stored*>(rows[k]) + i;
+      const auto weight = V::set1(weights == nullptr ? 1.0f : weights[k]);
+#pragma GCC unroll 4
+      for (int c = 0; c < 4; ++c) sum[c] = V::fma(weight, load_row<V, T>(row + c * V::kWidth), sum[c]);
+    }
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; ++c) store_row<V, T>(target + i + c * V::kWidth, V::mul(vfactor, sum[c]));
+  }
+  for (; i < n; ++i) {
+    float sum = 0.0f;
+    for (int64_t k = 0; k < count; ++k)
+      sum += (weights == nullptr ? 1.0f : weights[k]) * T::read(static_cast<const Stored*>(rows[k])[i]);
+    target[i] = T::round(factor * sum);
+  }
+}
+
+template <class V>
+void sum_rows(Element type, const void* const* rows, const float* weights, int64_t count, int64_t n, float factor,
+              void* out) {
+  if (type == Element::kFloat) sum_of<V, Float32>(rows, weights, count, n, factor, out);
+  else if (type == Element::kBFloat16) sum_of<V, BFloat16>(rows, weights, count, n, factor, out);
+  else sum_of<V, Half>(rows, weights, count, n, factor, out);
+}
+
+template <class V>
+constexpr RowKernels row_kernels() {
+  return {&sum_rows<V>};
+}
+
+}  // namespace
+}  // namespace planmill
