@@ -1,0 +1,1 @@
+"""Routing ops: one file per op, its cases and its peers."""
