@@ -28,6 +28,25 @@ typename V::F exp(typename V::F x) {
   return V::mul(V::mul(p, V::power_of_two(half)), V::power_of_two(rest));
 }
 
+// e^x for x <= 0 within 3e-7 of it, at half the cost: 0 below -87.7, where it would be subnormal. NaN gives 0.
+template <class V>
+typename V::F exp_below(typename V::F x) {
+  using F = typename V::F;
+  x = V::max(x, V::set1(-88.02f));  // there n is -127, whose power of two is 0
+  const auto whole = V::round_to_int(V::mul(x, V::set1(1.44269504f)));
+  const F n = V::to_float(whole);
+  F r = V::fma(n, V::set1(-0.693145752f), x);
+  r = V::fma(n, V::set1(-1.42860677e-6f), r);
+  F p = V::set1(1.0f / 720);
+  p = V::fma(p, r, V::set1(1.0f / 120));
+  p = V::fma(p, r, V::set1(1.0f / 24));
+  p = V::fma(p, r, V::set1(1.0f / 6));
+  p = V::fma(p, r, V::set1(0.5f));
+  p = V::fma(p, r, V::set1(1.0f));
+  p = V::fma(p, r, V::set1(1.0f));
+  return V::mul(p, V::power_of_two(whole));
+}
+
 // x / (1 + e^(-y)): the sigmoid of y, times x
 template <class V>
 typename V::F times_sigmoid(typename V::F x, typename V::F y) {
