@@ -19,8 +19,9 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(SOURCES)
 demo: $(STAMP)
 	$(BIN)/python examples/digits/demo.py
 
+# Two workers, each with one thread; tests of the kernels' own threads ask for two (tests/conftest.py).
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: $(STAMP)
 	$(BIN)/ruff check .

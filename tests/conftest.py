@@ -1,9 +1,14 @@
-"""Set-up of all tests: the Triton interpreter where there is no GPU, torchvision's CPU import, fixed seeds."""
+"""Set-up of all tests: threads, the Triton interpreter where there is no GPU, torchvision's CPU import, fixed seeds."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # there is a worker for every core
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+    torch.set_num_threads(1)
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: kernels are defined at import
@@ -31,6 +36,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return
     for item in [item for item in items if item.get_closest_marker("gpu")]:
         items.remove(item)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Two threads for the test, so that what a kernel divides among threads is divided in a worker of xdist too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

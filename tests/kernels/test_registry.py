@@ -47,6 +47,7 @@ ON_CPU = [
 ]
 
 
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize(("spec", "case", "dtype", "level"), ON_CPU, ids=name)
 def test_cpu_agrees_with_the_reference(spec: OpSpec, case: Case, dtype: torch.dtype, level: str) -> None:
     args = inputs(case, dtype)

@@ -84,6 +84,7 @@ def segmented_max(draw: Draw, dtype: torch.dtype, d: int) -> tuple:
     return q, x, torch.tensor([0, *cuts, m], dtype=torch.int32)
 
 
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("make", [knn, mutual_score, bank_score, segmented_max], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_random_inputs(make: Callable[..., tuple], dtype: torch.dtype) -> None:
