@@ -111,6 +111,7 @@ class Case:
             take too long), in the units that the file of the op states; it judges ours and every peer before timing.
         tolerance: largest error that passes, per dtype.
         flops: `flops(*args)`: operations that the definition needs, nothing counted twice.
+        bytes: `bytes(*args)`: bytes that the definition must read and write; None: all arguments and the result, once.
         small: arguments of the same kind, quick to compute: for `--quick`, and to warm up a memory measurement.
         dtypes, devices: where the case runs.
         goals: what an issue asks for.
@@ -128,6 +129,7 @@ class Case:
     check: Callable[[tuple, Any], float] | None = None
     tolerance: Mapping[torch.dtype, float] = field(default_factory=dict)
     flops: Callable[..., float] = lambda *args: 0.0
+    bytes: Callable[..., float] | None = None
     small: Callable[[Draw], tuple] | None = None
     dtypes: tuple[torch.dtype, ...] = (torch.float32,)
     devices: tuple[str, ...] = ("cpu", "cuda")

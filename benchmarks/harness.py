@@ -191,7 +191,7 @@ def execute(run: Run, session: Session) -> list[Row]:
     return rows
 
 
-def _time(run: Run, session: Session) -> tuple[dict[str, list[float]], dict[str, float], float, int, Row]:
+def _time(run: Run, session: Session) -> tuple[dict[str, list[float]], dict[str, float], float, float, Row]:
     """Samples and errors of ours ("") and the peers; the operations and bytes that the work needs; shared fields."""
     settings, case = session.settings, run.case
     torch.manual_seed(settings.seed)  # of the checks, which look at random parts
@@ -206,7 +206,8 @@ def _time(run: Run, session: Session) -> tuple[dict[str, list[float]], dict[str,
         errors, produced = _check(run, args, calls, peers)
         samples = alternate(calls, sampler, settings.rounds, budget_s, session.progress)
         shared = _shared(run, session)
-    return samples, errors, float(case.flops(*args)), nbytes(args) + produced, shared
+    moved = nbytes(args) + produced if case.bytes is None else float(case.bytes(*args))
+    return samples, errors, float(case.flops(*args)), moved, shared
 
 
 def judge(goal: Goal, row: Row, run: Run, settings: Settings) -> dict[str, Any]:

@@ -99,6 +99,8 @@ def test_every_row_has_every_field() -> None:
     assert (row["impl"], row["commit"], row["peer"], row["max_error"]) == ("planmill", "abc1234", "it", 0.0)
     assert row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"]
     assert row["bytes_per_s"] == pytest.approx(2 * 64 * 4 / row["p50_ms"] * 1e3)
+    row = rows_of(doubling(lambda x: 2 * x, bytes=lambda x: 7.0 * len(x)))[0]
+    assert row["bytes_per_s"] == pytest.approx(7 * 64 / row["p50_ms"] * 1e3)
     assert json.loads(bench.harness.to_json(row)) == row
 
 
