@@ -1,4 +1,4 @@
-// Weighted sums of rows of a matrix: token_merging and hash_embedding.
+// Sums of rows of a matrix: token_merging, token_unmerging and hash_embedding.
 #pragma once
 
 #include <cstdint>
@@ -14,6 +14,8 @@ struct RowKernels {
   // of the rows. `weights` null: all one.
   void (*sum)(Element type, const void* const* rows, const float* weights, int64_t count, int64_t n, float factor,
               void* out);
+  // out [n] = residual + scale * row, float32 arithmetic, rounded once; `residual` null: zero, `scale` null: one.
+  void (*add)(Element type, const void* residual, const float* scale, const void* row, int64_t n, void* out);
 };
 
 const RowKernels* rows_baseline();

@@ -95,9 +95,35 @@ void sum_rows(Element type, const void* const* rows, const float* weights, int64
   else sum_of<V, Half>(rows, weights, count, n, factor, out);
 }
 
+template <class V, class T>
+void add_to(const void* residual, const float* scale, const void* row, int64_t n, void* out) {
+  using Stored = typename T::Stored;
+  const auto* base = static_cast<const Stored*>(residual);
+  const auto* from = static_cast<const Stored*>(row);
+  auto* target = static_cast<Stored*>(out);
+  int64_t i = 0;
+  for (; i + V::kWidth <= n; i += V::kWidth) {
+    auto x = load_row<V, T>(from + i);
+    if (scale != nullptr) x = V::mul(V::load(scale + i), x);
+    if (base != nullptr) x = V::add(load_row<V, T>(base + i), x);
+    store_row<V, T>(target + i, x);
+  }
+  for (; i < n; ++i) {
+    const float x = (scale == nullptr ? 1.0f : scale[i]) * T::read(from[i]);
+    target[i] = T::round(base == nullptr ? x : T::read(base[i]) + x);
+  }
+}
+
+template <class V>
+void add_row(Element type, const void* residual, const float* scale, const void* row, int64_t n, void* out) {
+  if (type == Element::kFloat) add_to<V, Float32>(residual, scale, row, n, out);
+  else if (type == Element::kBFloat16) add_to<V, BFloat16>(residual, scale, row, n, out);
+  else add_to<V, Half>(residual, scale, row, n, out);
+}
+
 template <class V>
 constexpr RowKernels row_kernels() {
-  return {&sum_rows<V>};
+  return {&sum_rows<V>, &add_row<V>};
 }
 
 }  // namespace

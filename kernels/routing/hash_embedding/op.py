@@ -44,7 +44,7 @@ SPEC = OpSpec(
     reference=hash_embedding_reference,
     cases=cases,
     backward=backward,
-    tolerances={torch.float32: (1e-5, 1e-5), torch.bfloat16: (2e-3, 4e-3), torch.float16: (2e-3, 2e-3)},
+    tolerances={torch.float32: (1e-5, 1e-5), torch.bfloat16: (2e-3, 8e-3), torch.float16: (2e-3, 2e-3)},
     cpu="C++",
     cuda="_triton:launch",
 )

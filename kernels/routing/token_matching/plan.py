@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 
+from planmill.kernels.common.checks import check_float, check_rank
 from planmill.kernels.routing.token_matching.partition import TokenPartition
 
 
@@ -29,6 +30,17 @@ class MergePlan(NamedTuple):
     def rows(self) -> int:
         """N_m, the number of rows after merging."""
         return self.offsets.shape[1] - 1
+
+
+def check_rows(op: str, name: str, x: torch.Tensor, plan: MergePlan, rows: int, layout: str) -> None:
+    """Raise unless `x` [B, rows, C] fits the plan."""
+    check_rank(op, name, x, 3, layout)
+    check_float(op, name, x)
+    batch = plan.offsets.shape[0]
+    if x.shape[0] != batch or x.shape[1] != rows:
+        raise ValueError(f"{op}: {name} must be [{batch}, {rows}, C] as the plan's, got {list(x.shape)}")
+    if x.device != plan.offsets.device:
+        raise ValueError(f"{op}: the plan must be on {x.device} like {name}, got {plan.offsets.device}")
 
 
 def make_plan(similarity: torch.Tensor, position: torch.Tensor, partition: TokenPartition, merges: int) -> MergePlan:

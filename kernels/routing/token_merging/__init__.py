@@ -1,5 +1,5 @@
-"""Merging tokens by a plan, and giving every token its row back."""
+"""Merging tokens by a plan."""
 
-from planmill.kernels.routing.token_merging.op import merge_tokens, unmerge_tokens
+from planmill.kernels.routing.token_merging.op import merge_tokens
 
-__all__ = ["merge_tokens", "unmerge_tokens"]
+__all__ = ["merge_tokens"]

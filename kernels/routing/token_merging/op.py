@@ -1,12 +1,12 @@
-"""token_merging: schema, shape rule, checks and the public functions."""
+"""token_merging: schema, shape rule, checks and the public function."""
 
 import torch
 from torch.compiler import is_compiling
 
-from planmill.kernels.common.checks import check_choice, check_float, check_rank
+from planmill.kernels.common.checks import check_choice
 from planmill.kernels.common.registration import register
 from planmill.kernels.common.spec import OpSpec
-from planmill.kernels.routing.token_matching.plan import MergePlan
+from planmill.kernels.routing.token_matching.plan import MergePlan, check_rows
 from planmill.kernels.routing.token_merging.cases import cases
 from planmill.kernels.routing.token_merging.reference import token_merging_reference
 
@@ -40,23 +40,11 @@ SPEC = OpSpec(
     reference=token_merging_reference,
     cases=cases,
     backward=backward,
-    tolerances={torch.float32: (1e-5, 1e-5), torch.bfloat16: (2e-3, 4e-3), torch.float16: (2e-3, 2e-3)},
+    tolerances={torch.float32: (1e-5, 1e-5), torch.bfloat16: (2e-3, 8e-3), torch.float16: (2e-3, 2e-3)},
     cpu="C++",
     cuda="_triton:launch",
 )
 _op, _call = register(SPEC)
-
-
-def _check(name: str, x: torch.Tensor, plan: MergePlan, needed: int) -> None:
-    op = "token_merging"
-    check_rank(op, name, x, 3, "[B, N, C]" if name == "x" else "[B, N_m, C]")
-    check_float(op, name, x)
-    if x.shape[0] != plan.offsets.shape[0] or x.shape[1] != needed:
-        raise ValueError(
-            f"{op}: {name} must be [{plan.offsets.shape[0]}, {needed}, C] as the plan's, got {list(x.shape)}"
-        )
-    if x.device != plan.offsets.device:
-        raise ValueError(f"{op}: the plan must be on {x.device} like {name}, got {plan.offsets.device}")
 
 
 def merge_tokens(x: torch.Tensor, plan: MergePlan, reduction: str = "mean") -> torch.Tensor:
@@ -81,32 +69,7 @@ def merge_tokens(x: torch.Tensor, plan: MergePlan, reduction: str = "mean") -> t
 
     Source: FastVGGT (Shen et al., 2025); ToMe (Bolya et al., ICLR 2023), which merge by scatter-mean.
     """
-    _check("x", x, plan, plan.tokens)
-    check_choice("token_merging", "reduction", reduction, REDUCTIONS)
+    op = "token_merging"
+    check_rows(op, "x", x, plan, plan.tokens, "[B, N, C]")
+    check_choice(op, "reduction", reduction, REDUCTIONS)
     return (_op if is_compiling() else _call)(x, plan.offsets, plan.members, reduction == "mean")
-
-
-def unmerge_tokens(y: torch.Tensor, plan: MergePlan) -> torch.Tensor:
-    """Give every token the row it was merged into: `x[t] = y[row_of_token[t]]`.
-
-    Protected tokens get the row of their own, not the one they were merged into as destinations. Differentiable with
-    respect to y (by PyTorch: this is one `index_select`).
-
-    Args:
-        y: [B, N_m, C], float32, bfloat16 or float16, any strides.
-        plan: of `match_tokens`, on the device of y.
-
-    Returns:
-        [B, N, C], dtype of y.
-
-    Raises:
-        ValueError: wrong rank, other sizes or another device than the plan's.
-        TypeError: another dtype.
-
-    Source: FastVGGT (Shen et al., 2025), unmerge after attention.
-    """
-    _check("y", y, plan, plan.rows)
-    batch, rows, channels = y.shape
-    first = torch.arange(batch, device=y.device)[:, None] * rows  # int64: B * N_m may pass 2^31
-    index = (plan.row_of_token + first).flatten()
-    return y.reshape(batch * rows, channels).index_select(0, index).view(batch, plan.tokens, channels)

@@ -189,7 +189,7 @@ class Step(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         plan = match_tokens(x, self.partition, self.merges)
-        return x + unmerge_tokens(torch.tanh(merge_tokens(x, plan)), plan)
+        return unmerge_tokens(torch.tanh(merge_tokens(x, plan)), plan, residual=x)
 
 
 @pytest.mark.parametrize("merges", [None, 7], ids=["all", "some"])
@@ -220,6 +220,35 @@ def test_gradient_through_merge_and_unmerge(reduction: str) -> None:
     assert x.grad is not None
     torch.testing.assert_close(x.grad.double(), want, atol=1e-5, rtol=1e-5)
     assert all(not part.is_floating_point() for part in plan), "the plan carries no gradient"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_residual_and_scale_in_the_same_pass(dtype: torch.dtype) -> None:
+    made = TokenPartition.for_frames(2, 3, 5)
+    x, gamma = normal(2, made.tokens, 33).to(dtype), normal(33, seed=1).to(dtype)
+    plan = match_tokens(x, made, 9)
+    y = merge_tokens(x, plan)
+    plain = unmerge_tokens(y, plan)
+    assert torch.equal(plain, torch.stack([y[b, plan.row_of_token[b].long()] for b in range(2)]))
+    want = (x.double() + gamma.double() * plain.double()).to(dtype)
+    torch.testing.assert_close(unmerge_tokens(y, plan, x, gamma), want)
+    torch.testing.assert_close(unmerge_tokens(y, plan, x), (x.double() + plain.double()).to(dtype))
+    torch.testing.assert_close(unmerge_tokens(y, plan, scale=gamma), (gamma.double() * plain.double()).to(dtype))
+
+
+def test_gradient_of_residual_and_scale() -> None:
+    plan = plan_of()
+    y, x, gamma = (normal(*shape, seed=4).requires_grad_() for shape in ((2, plan.rows, 4), (2, 9, 4), (4,)))
+    weight = normal(2, 9, 4, seed=5)
+    (unmerge_tokens(y, plan, x, gamma) * weight).sum().backward()
+    got = [t.grad for t in (y, x, gamma)]
+    again = [t.detach().double().requires_grad_() for t in (y, x, gamma)]
+    picked = torch.stack([again[0][b, plan.row_of_token[b].long()] for b in range(2)])
+    ((again[1] + again[2] * picked) * weight).sum().backward()
+    for mine, theirs in zip(got, again, strict=True):
+        assert mine is not None
+        assert theirs.grad is not None
+        torch.testing.assert_close(mine.double(), theirs.grad, atol=1e-5, rtol=1e-5)
 
 
 def draw_rows(g: torch.Generator, batch: int, tokens: int, width: int) -> torch.Tensor:
@@ -309,6 +338,23 @@ MESSAGES = [
     (lambda: merge_tokens(normal(2, 9, 4).int(), plan_of()), TypeError, "x must be float32"),
     (lambda: merge_tokens(normal(2, 9, 4), plan_of(), "max"), ValueError, "reduction must be one of mean, sum"),
     (lambda: unmerge_tokens(normal(2, 9, 4), plan_of()), ValueError, r"y must be \[2, 5, C\]"),
+    (lambda: unmerge_tokens(normal(2, 5, 4), plan_of(), normal(2, 8, 4)), ValueError, r"residual must be \[2, 9, C\]"),
+    (
+        lambda: unmerge_tokens(normal(2, 5, 4), plan_of(), normal(2, 9, 3)),
+        ValueError,
+        "residual must have the 4 channels",
+    ),
+    (
+        lambda: unmerge_tokens(normal(2, 5, 4), plan_of(), normal(2, 9, 4).half()),
+        TypeError,
+        "residual must be torch.float32",
+    ),
+    (lambda: unmerge_tokens(normal(2, 5, 4), plan_of(), scale=normal(3)), ValueError, r"scale must be \[4\] on cpu"),
+    (
+        lambda: unmerge_tokens(normal(2, 5, 4), plan_of(), scale=torch.ones(4).int()),
+        TypeError,
+        "scale must be floating",
+    ),
 ]
 
 
