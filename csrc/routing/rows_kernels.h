@@ -103,10 +103,9 @@ void add_to(const void* residual, const float* scale, const void* row, int64_t n
   auto* target = static_cast<Stored*>(out);
   int64_t i = 0;
   for (; i + V::kWidth <= n; i += V::kWidth) {
-    auto x = load_row<V, T>(from + i);
-    if (scale != nullptr) x = V::mul(V::load(scale + i), x);
-    if (base != nullptr) x = V::add(load_row<V, T>(base + i), x);
-    store_row<V, T>(target + i, x);
+    const auto factor = scale == nullptr ? V::set1(1.0f) : V::load(scale + i);
+    const auto sum = base == nullptr ? V::zero() : load_row<V, T>(base + i);
+    store_row<V, T>(target + i, V::fma(factor, load_row<V, T>(from + i), sum));
   }
   for (; i < n; ++i) {
     const float x = (scale == nullptr ? 1.0f : scale[i]) * T::read(from[i]);
