@@ -16,11 +16,17 @@ struct Routing {
   float eps, scale;
 };
 
+// Experts of a row as it is held: whole blocks, or one block of whole vectors of any instruction set.
+inline int64_t routing_width(int64_t experts) {
+  const int64_t unit = experts > kRoutingBlock ? kRoutingBlock : 16;
+  return (experts + unit - 1) / unit * unit;
+}
+
 // Floats of scratch that a thread needs: logits and offers, padded to whole blocks; maxima of blocks and groups;
 // the logits of the k chosen.
 inline int64_t routing_scratch(const Routing& r) {
-  const int64_t padded = (r.experts + kRoutingBlock - 1) / kRoutingBlock * kRoutingBlock;
-  return 2 * padded + padded / kRoutingBlock + r.groups + r.k + kRoutingBlock;
+  const int64_t padded = routing_width(r.experts);
+  return 2 * padded + padded / kRoutingBlock + 1 + r.groups + r.k + kRoutingBlock;
 }
 
 struct RoutingKernels {

@@ -15,10 +15,17 @@ namespace {
 constexpr float kNothing = -__builtin_inff();
 
 template <class V>
-float block_max(const float* x) {  // NaN is not seen
+float block_max(const float* x, int64_t n) {  // NaN is not seen
   auto best = V::set1(kNothing);
-  for (int64_t i = 0; i < kRoutingBlock; i += V::kWidth) best = V::max(V::load(x + i), best);
+  for (int64_t i = 0; i < n; i += V::kWidth) best = V::max(V::load(x + i), best);
   return V::max_lane(best);
+}
+
+// e^x; 0 below e^-87: subnormal numbers cost hundreds of cycles, and the padding is at -inf.
+template <class V>
+typename V::F exp_or_zero(typename V::F x) {
+  const auto least = V::set1(-87.0f);
+  return V::where_positive(V::sub(x, least), exp<V>(V::max(x, least)), V::zero());
 }
 
 // e^(x - m) and their sum: x = m counts as e^0, also where both are infinite.
@@ -35,7 +42,7 @@ float exponentials(const float* x, float* out, int64_t n, float m) {
   }
   auto sum = V::zero();
   for (int64_t i = 0; i < n; i += V::kWidth) {
-    const auto e = exp<V>(V::sub(V::load(x + i), V::set1(m)));
+    const auto e = exp_or_zero<V>(V::sub(V::load(x + i), V::set1(m)));
     V::store(out + i, e);
     sum = V::add(sum, e);
   }
@@ -79,21 +86,21 @@ inline void shut_groups(const Routing& r, float* q, float* count) {
 template <class V>
 void take_best(const Routing& r, const float* l, float* q, int64_t padded, float* maxima, int32_t* indices,
                float* chosen) {
-  const int64_t blocks = padded / kRoutingBlock;
-  for (int64_t b = 0; b < blocks; ++b) maxima[b] = block_max<V>(q + b * kRoutingBlock);
+  const int64_t span = padded < kRoutingBlock ? padded : kRoutingBlock, blocks = padded / span;
+  for (int64_t b = 0; b < blocks; ++b) maxima[b] = block_max<V>(q + b * span, span);
   int64_t j = 0;
   for (; j < r.k; ++j) {
     const int64_t b = blocks == 1 ? 0 : lowest_largest(maxima, blocks);
     const float best = maxima[b];
     if (best == kNothing) break;
-    float* block = q + b * kRoutingBlock;
+    float* block = q + b * span;
     int64_t i = 0;
     uint32_t found = 0;
     for (; found == 0; i += V::kWidth) found = V::mask_ge(V::load(block + i), V::set1(best));
     i += __builtin_ctz(found) - V::kWidth;
     block[i] = __builtin_nanf("");
-    maxima[b] = block_max<V>(block);
-    indices[j] = static_cast<int32_t>(b * kRoutingBlock + i);
+    maxima[b] = block_max<V>(block, span);
+    indices[j] = static_cast<int32_t>(b * span + i);
     chosen[j] = l[indices[j]];
   }
   for (int64_t e = 0; j < r.k; ++e) {
@@ -129,47 +136,55 @@ void weigh(const Routing& r, float* chosen, float top, float total, float* weigh
     V::store(shift, exp<V>(V::set1(-largest)));
     divisor = r.eps > 0.0f ? sum + r.eps * shift[0] : sum;
   }
-  const float factor = r.scale;
-  for (int64_t j = 0; j < r.k; ++j) weights[j] = divisor == 0.0f ? 0.0f * factor : chosen[j] / divisor * factor;
+  const float factor = divisor == 0.0f ? 0.0f : r.scale;  // 0 / 0: nothing could be chosen
+  divisor = divisor == 0.0f ? 1.0f : divisor;
+  for (int64_t j = 0; j < r.k; ++j) weights[j] = chosen[j] / divisor * factor;
+}
+
+// Offers q of the experts from their logits l. `total`: sum of e^(l - top), found where it is needed.
+template <class V>
+void make_offers(const Routing& r, const float* l, float* q, int64_t padded, float top, float* total) {
+  const bool by_score = !r.topk_first && (r.bias != nullptr || r.groups > 1);
+  if (!r.topk_first && !r.sigmoid && (by_score || !r.renormalize || r.eps != 0.0f))
+    *total = exponentials<V>(l, q, padded, top);
+  if (!by_score) {
+    for (int64_t e = 0; e < padded; e += V::kWidth) V::store(q + e, V::load(l + e));
+  } else if (r.sigmoid) {
+    sigmoids<V>(l, q, padded);
+  } else {
+    const auto share = V::set1(*total == 0.0f ? 0.0f : 1.0f / *total);
+    for (int64_t e = 0; e < padded; e += V::kWidth) V::store(q + e, V::mul(V::load(q + e), share));
+  }
+  if (r.bias != nullptr)
+    for (int64_t e = 0; e < r.experts; ++e) q[e] += r.bias[e];
+  if (!by_score && r.bias == nullptr) return;
+  const auto nothing = V::set1(kNothing);
+  for (int64_t e = 0; e < padded; e += V::kWidth) {  // -inf where l is, or where q is NaN
+    const auto finite = V::sub(V::load(l + e), nothing);
+    V::store(q + e, V::where_positive(finite, V::max(V::load(q + e), nothing), nothing));
+  }
 }
 
 template <class V>
 void route(const Routing& r, const float* logits, int64_t tokens, float* scratch, int32_t* indices, float* weights) {
-  const int64_t n = r.experts, padded = (n + kRoutingBlock - 1) / kRoutingBlock * kRoutingBlock;
-  float *l = scratch, *q = l + padded, *maxima = q + padded, *count = maxima + padded / kRoutingBlock;
+  const int64_t n = r.experts, padded = routing_width(n), whole = n / V::kWidth * V::kWidth;
+  float *l = scratch, *q = l + padded, *maxima = q + padded, *count = maxima + padded / kRoutingBlock + 1;
   float* chosen = count + r.groups;
-  const bool by_score = !r.topk_first && (r.bias != nullptr || r.groups > 1);
-  const bool needs_total = !r.topk_first && !r.sigmoid && (by_score || !r.renormalize || r.eps != 0.0f);
+  const auto nothing = V::set1(kNothing);
+  for (int64_t e = n; e < padded; ++e) l[e] = kNothing;
   for (int64_t t = 0; t < tokens; ++t, logits += n, indices += r.k, weights += r.k) {
-    int64_t missing = 0;
-    for (int64_t e = 0; e < n; ++e) {
-      const bool nan = logits[e] != logits[e];
-      missing += nan;
-      l[e] = nan ? kNothing : logits[e];
-    }
-    for (int64_t e = n; e < padded; ++e) l[e] = kNothing;
-    float top = kNothing, total = 0.0f;
-    if (needs_total) {
-      for (int64_t e = 0; e < padded; e += kRoutingBlock) {
-        const float best = block_max<V>(l + e);
-        top = best > top ? best : top;
-      }
-      total = exponentials<V>(l, q, padded, top);
-    }
-    if (by_score && r.sigmoid) sigmoids<V>(l, q, padded);
-    if (by_score && !r.sigmoid)
-      for (int64_t e = 0; e < n; ++e) q[e] = total == 0.0f ? 0.0f : q[e] / total;
-    if (!by_score)
-      for (int64_t e = 0; e < padded; e += V::kWidth) V::store(q + e, V::load(l + e));
-    if (r.bias != nullptr)
-      for (int64_t e = 0; e < n; ++e) q[e] += r.bias[e];
-    for (int64_t e = 0; e < n; ++e) q[e] = l[e] == kNothing || q[e] != q[e] ? kNothing : q[e];
-    for (int64_t e = n; e < padded; ++e) q[e] = kNothing;
+    for (int64_t e = 0; e < whole; e += V::kWidth) V::store(l + e, V::max(V::load(logits + e), nothing));  // NaN: -inf
+    for (int64_t e = whole; e < n; ++e) l[e] = logits[e] > kNothing ? logits[e] : kNothing;
+    const float top = block_max<V>(l, padded);
+    float total = 0.0f;
+    make_offers<V>(r, l, q, padded, top, &total);
     if (r.groups > 1) shut_groups(r, q, count);
     take_best<V>(r, l, q, padded, maxima, indices, chosen);
     weigh<V>(r, chosen, top, total, weights);
-    if (missing == n)
-      for (int64_t j = 0; j < r.k; ++j) weights[j] = __builtin_nanf("");
+    if (top != kNothing) continue;
+    int64_t missing = 0;
+    while (missing < n && logits[missing] != logits[missing]) ++missing;
+    for (int64_t j = 0; j < r.k && missing == n; ++j) weights[j] = __builtin_nanf("");
   }
 }
 
