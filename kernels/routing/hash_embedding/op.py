@@ -71,6 +71,10 @@ def _check(
     _check_integers("features", features, torch.int32, 1, "[J]")
     if features.shape != seeds.shape:
         raise ValueError(f"{op}: features must be [{seeds.shape[0]}] like seeds, got {list(features.shape)}")
+    if not is_compiling() and values.shape[0] * seeds.shape[0] >= 2**31:
+        raise ValueError(
+            f"{op}: values and seeds must make fewer than 2^31 lookups, got {values.shape[0]} x {seeds.shape[0]}"
+        )
     if lengths is not None:
         _check_integers("lengths", lengths, torch.int32, 2, "[B, F]")
         if lengths.shape != values.shape[:2]:
