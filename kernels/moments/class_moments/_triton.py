@@ -36,7 +36,7 @@ def mean_kernel(
         mask = (o_n < end)[:, None] & m_d[None, :]
         x = tl.load(p_columns[None, :] + row[:, None] * stride_n, mask=mask, other=0.0).to(tl.float32)
         total += tl.sum(tl.where(mask, x - pivot[None, :], 0.0), 0)
-    mean = pivot + total / tl.maximum(end - begin, 1).to(tl.float32)
+    mean = pivot + total / tl.maximum(end - begin, 1).to(tl.int32).to(tl.float32)
     tl.store(mean_ptr + group * width + o_d, tl.where(begin < end, mean, 0.0), mask=m_d)
 
 

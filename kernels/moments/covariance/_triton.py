@@ -13,7 +13,7 @@ from planmill.kernels.common.triton_checks import StaticKernel
 
 PIVOT_ROWS = 256
 SUM_ROWS, SUM_COLUMNS = 64, 128
-TILE_N = 32
+TILE_N = 16
 SPLIT_ROWS = 2048  # fewest rows of a split
 PROGRAMS = 264  # two for each of an H100's 132 multiprocessors
 WORKSPACE = 1 << 26  # bytes of partial products that the number of splits keeps to
