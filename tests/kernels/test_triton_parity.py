@@ -42,8 +42,13 @@ def interpreter(module_patch: pytest.MonkeyPatch) -> None:
     """
     from triton.runtime import interpreter as triton_interpreter
 
+    def widened(x: Any) -> Any:  # the interpreter holds bfloat16 as the bits of it
+        if x.dtype.scalar.is_bf16():
+            return (x.data.astype(np.uint32) << 16).view(np.float32)
+        return x.data.astype(np.float32)
+
     def dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
-        product = np.matmul(a.data.astype(np.float32), b.data.astype(np.float32)) + d.data
+        product = np.matmul(widened(a), widened(b)) + d.data
         return triton_interpreter.TensorHandle(product, d.dtype.scalar)
 
     patched: set[int] = set()

@@ -29,6 +29,7 @@ SPEC = OpSpec(
     tolerances={torch.float32: (1e-5, 1e-5), torch.bfloat16: (1e-2, 1e-2), torch.float16: (2e-3, 2e-3)},
     backward=backward,
     cpu="C++",
+    cuda="_triton:launch",
 )
 _op, _call = register(SPEC)
 

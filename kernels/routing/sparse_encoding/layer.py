@@ -1,6 +1,7 @@
 """SparseAutoencoder: encoder, dictionary and biases under the names that published sparse autoencoders use."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -39,7 +40,8 @@ class SparseAutoencoder(nn.Module):
         ValueError: k outside 1 to 1024, an unknown mode; from `encode`, a token with more than 1024 active latents.
     """
 
-    threshold: torch.Tensor | None
+    threshold: nn.Parameter | None
+    W_skip: nn.Parameter | None
 
     def __init__(
         self, width: int, latents: int, k: int, mode: str = "topk", *, transcode: bool = False, skip: bool = False,
@@ -50,7 +52,7 @@ class SparseAutoencoder(nn.Module):
         if not 1 <= k <= MAX_K:
             raise ValueError(f"SparseAutoencoder: k must be from 1 to {MAX_K}, got {k}")
         self.k, self.mode, self.transcode = k, mode, transcode
-        made = {"device": device, "dtype": dtype}
+        made: dict[str, Any] = {"device": device, "dtype": dtype}
         self.encoder = nn.Linear(width, latents, **made)
         nn.init.zeros_(self.encoder.bias)
         self.W_dec = nn.Parameter(self.encoder.weight.detach().clone())

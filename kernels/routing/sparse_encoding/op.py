@@ -43,6 +43,7 @@ SPEC = OpSpec(
     compare=compare,
     backward=backward,
     cpu="C++",
+    cuda="_triton:launch",
 )
 _op, _call = register(SPEC)
 
