@@ -19,12 +19,24 @@ def check_float(op: str, name: str, x: torch.Tensor) -> None:
         raise TypeError(f"{op}: {name} must be float32, bfloat16 or float16, got {x.dtype}")
 
 
+def check_dtype(op: str, name: str, x: torch.Tensor, *dtypes: torch.dtype) -> None:
+    """Raise TypeError unless the dtype of `x` is one of `dtypes`."""
+    if x.dtype not in dtypes:
+        needed = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{op}: {name} must be {needed}, got {x.dtype}")
+
+
+def check_device(op: str, name: str, x: torch.Tensor, first_name: str, first: torch.Tensor) -> None:
+    """Raise ValueError unless `x` is on the device of `first`."""
+    if x.device != first.device:
+        raise ValueError(f"{op}: {name} must be on {first.device} like {first_name}, got {x.device}")
+
+
 def check_alike(op: str, name: str, x: torch.Tensor, first_name: str, first: torch.Tensor) -> None:
     """Raise TypeError unless `x` has the dtype of `first`, ValueError unless it is on the same device."""
     if x.dtype is not first.dtype:
         raise TypeError(f"{op}: {name} must be {first.dtype} like {first_name}, got {x.dtype}")
-    if x.device != first.device:
-        raise ValueError(f"{op}: {name} must be on {first.device} like {first_name}, got {x.device}")
+    check_device(op, name, x, first_name, first)
 
 
 def check_matrices(op: str, queries: torch.Tensor, database: torch.Tensor) -> None:

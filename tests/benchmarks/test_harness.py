@@ -307,8 +307,8 @@ def test_goals_are_printed_asked_beside_reached(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["family"], "no benchmark family 'family'; there are neighbors, package"),
-        (["neighbors/none"], "no benchmark 'neighbors/none'; there are neighbors/bank_score"),
+        (["family"], "no benchmark family 'family'; there are ... neighbors, ... package"),
+        (["neighbors/none"], "no benchmark 'neighbors/none'; there are ... neighbors/bank_score,"),
         (["--dtype", "int8"], "--dtype must be one of fp32"),
         (["--device", "tpu"], "--device must be cpu or cuda"),
         (["--isa", "sse"], "--isa: this machine has"),
@@ -323,7 +323,8 @@ def test_a_mistake_is_one_line(
     assert run_cli(monkeypatch, *arguments) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1
-    assert message in lines[0]
+    for part in message.split("..."):
+        assert part.strip() in lines[0]
 
 
 def test_outside_a_checkout(

@@ -181,13 +181,19 @@ def log_normaliser(kappa: torch.Tensor, d: int) -> torch.Tensor:
 
 
 def simplex_vectors(classes: int) -> torch.Tensor:
-    """[K, K - 1] float32: the vertices of a regular simplex, unit rows with cosine -1 / (K - 1) to each other.
+    """The vertices of a regular simplex: unit rows with cosine -1 / (K - 1) to each other.
 
-    Source: Pernici et al., "Regular polytope networks" (2021), section 3: the identity and one constant row, less their
-        mean, scaled to length one.
+    Args:
+        classes: K, at least 2.
+
+    Returns:
+        [K, K - 1] float32.
 
     Raises:
         ValueError: fewer than two classes.
+
+    Source: Pernici et al., "Regular polytope networks" (2021), section 3: the identity and one constant row, less their
+    mean, scaled to length one.
     """
     if classes < 2:
         raise ValueError(f"simplex_vectors: classes must be at least 2, got {classes}")
@@ -199,11 +205,21 @@ def simplex_vectors(classes: int) -> torch.Tensor:
 def equiangular_vectors(
     classes: int, width: int, *, threshold: float = 0.002, steps: int = 10000, seed: int = 0
 ) -> tuple[torch.Tensor, float]:
-    """Unit rows whose cosines are as near 0 as `width` allows, by gradient descent: [K, d] and the largest |cosine|.
+    """Unit rows whose cosines are as near 0 as `width` allows, by gradient descent.
 
     Minimises sum relu(|V V^T| - I - threshold), rows scaled to length one after each step, until the largest is within
     1e-4 of the threshold or `steps` are done. The published learning rate is 1e-3 with plain gradient descent; here it
     is Adam's, which needs fewer steps; the set is not unique, only its largest cosine matters.
+
+    Args:
+        classes: K, at least 1.
+        width: d, at least 1.
+        threshold: cosines up to it cost nothing.
+        steps: the most that are taken.
+        seed: of the rows at the start.
+
+    Returns:
+        [K, d] float32, and the largest |cosine| of two rows.
 
     Raises:
         ValueError: fewer than one class or dimension.

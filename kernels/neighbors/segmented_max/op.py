@@ -3,7 +3,7 @@
 import torch
 from torch.compiler import is_compiling
 
-from planmill.kernels.common.checks import check_int32_range, check_matrices, check_rank
+from planmill.kernels.common.checks import check_dtype, check_int32_range, check_matrices, check_rank
 from planmill.kernels.common.registration import register
 from planmill.kernels.common.spec import OpSpec
 from planmill.kernels.neighbors.segmented_max.cases import cases, compare
@@ -73,8 +73,7 @@ def maximize_by_segment(
     op = "segmented_max"
     check_matrices(op, queries, database)
     check_rank(op, "offsets", offsets, 1, "[S + 1]")
-    if offsets.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{op}: offsets must be int32 or int64, got {offsets.dtype}")
+    check_dtype(op, "offsets", offsets, torch.int32, torch.int64)
     if offsets.shape[0] == 0:
         raise ValueError(f"{op}: offsets must be [S + 1] with at least one entry, got {list(offsets.shape)}")
     check_int32_range(op, "database", database.shape[0])

@@ -6,7 +6,7 @@ would save one read of x and stand in the way of that fusion.
 
 import torch
 
-from planmill.kernels.common.checks import check_float
+from planmill.kernels.common.checks import check_device, check_float
 
 LAYOUTS = "[B, C, H, W] or [B, N, C]"
 
@@ -81,8 +81,7 @@ def gate_channels(x: torch.Tensor, gate: torch.Tensor, *, base: float = 0.0, slo
     op = "gate_channels"
     channels = channels_of(op, x)
     check_float(op, "gate", gate)
-    if gate.device != x.device:
-        raise ValueError(f"{op}: gate must be on {x.device} like x, got {gate.device}")
+    check_device(op, "gate", gate, "x", x)
     if gate.dim() not in (1, 2) or gate.shape[-1] != channels or (gate.dim() == 2 and gate.shape[0] != x.shape[0]):
         raise ValueError(f"{op}: gate must be [{x.shape[0]}, {channels}] or [{channels}], got {list(gate.shape)}")
     factor = base + slope * gate.float()

@@ -9,9 +9,9 @@ from torch.nn import functional as F
 
 from planmill.kernels.common.checks import check_choice
 from planmill.kernels.routing.hidden_mixture.selection import select_hidden
+from planmill.kernels.routing.token_routing.op import SCORES, route_tokens
 
 SIDES = ("input", "output")
-SCORES = ("sigmoid", "softmax")
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
 
 Routing = tuple[torch.Tensor, torch.Tensor]
@@ -93,15 +93,13 @@ class HiddenLinear(nn.Module):
     def route(self, x: torch.Tensor) -> Routing:
         """Groups [..., K] int32, ties to the lower, and weights [..., K] float32 of the tokens `x` [..., in_features].
 
-        A NaN logit counts as -inf.
+        The routing is that of `route_tokens`.
         """
         if self.router is None:
             raise ValueError("HiddenLinear.route: the layer was made without a router; give it the routing of another")
         logits = self.router(x)
-        logits = torch.where(logits.isnan(), -torch.inf, logits.float())
-        weights = logits.sigmoid() if self.score == "sigmoid" else logits.softmax(-1)
-        indices = logits.sort(dim=-1, descending=True, stable=True).indices[..., : self.active]
-        return indices.int(), weights.gather(-1, indices)
+        indices, weights = route_tokens(logits.flatten(0, -2), self.active, score=self.score)
+        return indices.view(*logits.shape[:-1], self.active), weights.view(*logits.shape[:-1], self.active)
 
     def forward(self, x: torch.Tensor, routing: Routing | None = None) -> torch.Tensor:
         """The layer; `routing` of another layer in place of its own, where several share one."""

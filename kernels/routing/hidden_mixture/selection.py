@@ -6,7 +6,7 @@ product of the masked vector is as fast as gathered slices of it.
 
 import torch
 
-from planmill.kernels.common.checks import check_float
+from planmill.kernels.common.checks import check_dtype, check_float
 
 
 def select_hidden(
@@ -48,10 +48,8 @@ def select_hidden(
             f"{op}: indices and weights must be {[*x.shape[:-1], 'K']}, got {list(indices.shape)} and "
             f"{list(weights.shape)}"
         )
-    if indices.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{op}: indices must be int32 or int64, got {indices.dtype}")
-    if weights.dtype is not torch.float32:
-        raise TypeError(f"{op}: weights must be torch.float32, got {weights.dtype}")
+    check_dtype(op, "indices", indices, torch.int32, torch.int64)
+    check_dtype(op, "weights", weights, torch.float32)
     chosen = indices[..., None] == torch.arange(groups, device=x.device, dtype=indices.dtype)  # [..., K, G]
     factor = torch.where(chosen, scale * weights[..., None], 0.0).sum(-2)[..., None]
     routed = x[..., shared:].unflatten(-1, (groups, -1))

@@ -7,7 +7,7 @@ Plain PyTorch on purpose: the rows of a few queries are a small product, and the
 import torch
 from torch.nn import functional as F
 
-from planmill.kernels.common.checks import check_alike, check_choice, check_float, check_rank
+from planmill.kernels.common.checks import check_alike, check_choice, check_dtype, check_float, check_rank
 
 REDUCTIONS = ("max", "mean")
 
@@ -16,10 +16,10 @@ def _check_heads(op: str, keys: torch.Tensor, mask: torch.Tensor | None) -> None
     check_rank(op, "keys", keys, 4, "[B, H, L, d]")
     check_float(op, "keys", keys)
     batch, _, length, _ = keys.shape
-    if mask is not None and mask.dtype is not torch.bool:
-        raise TypeError(f"{op}: mask must be torch.bool, got {mask.dtype}")
-    if mask is not None and tuple(mask.shape) != (batch, length):
-        raise ValueError(f"{op}: mask must be [{batch}, {length}] like keys, got {list(mask.shape)}")
+    if mask is not None:
+        check_dtype(op, "mask", mask, torch.bool)
+        if tuple(mask.shape) != (batch, length):
+            raise ValueError(f"{op}: mask must be [{batch}, {length}] like keys, got {list(mask.shape)}")
 
 
 def score_by_attention(

@@ -5,7 +5,7 @@ import math
 import torch
 from torch.nn import functional as F
 
-from planmill.kernels.common.checks import check_choice, check_float, check_rank
+from planmill.kernels.common.checks import check_choice, check_dtype, check_float, check_rank
 
 ORDERS = ("score", "position")
 
@@ -114,10 +114,10 @@ def eliminate_tokens(
         raise ValueError(f"{op}: threshold and retention must be 0 to 1, got {threshold} and {retention}")
     if positions is None:
         positions = torch.arange(tokens, device=scores.device).expand(batch, tokens)
-    elif positions.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{op}: positions must be int32 or int64, got {positions.dtype}")
-    elif positions.shape != scores.shape:
-        raise ValueError(f"{op}: positions must be {list(scores.shape)} like scores, got {list(positions.shape)}")
+    else:
+        check_dtype(op, "positions", positions, torch.int32, torch.int64)
+        if positions.shape != scores.shape:
+            raise ValueError(f"{op}: positions must be {list(scores.shape)} like scores, got {list(positions.shape)}")
     if batch == 0 or tokens == 0:
         return torch.empty_like(scores, dtype=torch.int32), scores.new_zeros(batch, dtype=torch.int32)
     present = (positions >= 0) & (positions < cells)
@@ -216,7 +216,6 @@ def scatter_tokens(x: torch.Tensor, indices: torch.Tensor, count: int) -> torch.
 
 
 def _check_indices(op: str, indices: torch.Tensor, x: torch.Tensor) -> None:
-    if indices.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{op}: indices must be int32 or int64, got {indices.dtype}")
+    check_dtype(op, "indices", indices, torch.int32, torch.int64)
     if indices.dim() != 2 or indices.shape[0] != x.shape[0]:
         raise ValueError(f"{op}: indices must be [{x.shape[0]}, K], got {list(indices.shape)}")

@@ -178,7 +178,7 @@ SIZE: dict[str, Any] = {"sparse": "input", "shared": 4, "groups": 5, "active": 2
         ),
         (lambda: select_hidden(X, I, A[:, :1], 4, 5), ValueError, r"got \[3, 2\] and \[3, 1\]"),
         (lambda: select_hidden(X, I.short(), A, 4, 5), TypeError, "indices must be int32 or int64, got torch.int16"),
-        (lambda: select_hidden(X, I, A.half(), 4, 5), TypeError, "weights must be torch.float32, got torch.float16"),
+        (lambda: select_hidden(X, I, A.half(), 4, 5), TypeError, "weights must be float32, got torch.float16"),
         (lambda: HiddenLinear(14, 3, **{**SIZE, "sparse": "both"}), ValueError, "sparse must be one of input, output"),
         (
             lambda: HiddenLinear(14, 3, **{**SIZE, "shared": 5}),
@@ -187,7 +187,7 @@ SIZE: dict[str, Any] = {"sparse": "input", "shared": 4, "groups": 5, "active": 2
         ),
         (lambda: HiddenLinear(14, 3, **{**SIZE, "active": 6}), ValueError, "active must be 1 to 5 groups, got 6"),
         (lambda: HiddenLinear(14, 3, **SIZE, fusion=True), ValueError, "fusion needs sparse='output'"),
-        (lambda: HiddenLinear(14, 3, **SIZE, score="tanh"), ValueError, "score must be one of sigmoid, softmax"),
+        (lambda: HiddenLinear(14, 3, **SIZE, score="tanh"), ValueError, "score must be one of softmax, sigmoid"),
         (lambda: HiddenLinear(14, 3, **SIZE, router=False)(X), ValueError, "made without a router"),
         (
             lambda: HiddenMixture(14, 3, shared=4, groups=5, active=2, activation="x"),
