@@ -9,6 +9,7 @@ from planmill.engine.manifest import Manifest, Receipt, TensorSpec, Tolerance
 from planmill.engine.pipeline import build
 from planmill.engine.plan import Plan
 from planmill.engine.session import Session
+from planmill.engine.swap import Accelerated, accelerate
 from planmill.engine.targets import TARGETS
 from planmill.engine.verify import TOLERANCES
 
@@ -16,6 +17,7 @@ __all__ = [
     "BATCH",
     "TARGETS",
     "TOLERANCES",
+    "Accelerated",
     "Captured",
     "DynamicDim",
     "Manifest",
@@ -25,6 +27,7 @@ __all__ = [
     "Session",
     "TensorSpec",
     "Tolerance",
+    "accelerate",
     "build",
     "capture",
 ]

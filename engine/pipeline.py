@@ -5,6 +5,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -12,11 +13,12 @@ import torch
 from pydantic import JsonValue
 
 import planmill.kernels  # noqa: F401  the ops that a model may call
-from planmill.engine.capture import BATCH, Captured, Dynamic, Examples, capture
+from planmill.engine.capture import BATCH, Boundary, Captured, Dynamic, Examples, capture
 from planmill.engine.errors import PlanError
 from planmill.engine.machine import these_versions, this_machine
 from planmill.engine.manifest import FORMAT_VERSION, Manifest, Payload, Precision, Receipt, Tolerance
 from planmill.engine.plan import Plan, check_destination, describe_payload, write_plan
+from planmill.engine.swap import accelerate as swap_blocks
 from planmill.engine.targets import find_target
 from planmill.engine.verify import TOLERANCES, Sampler, verify
 
@@ -35,6 +37,7 @@ def build(
     metadata: Mapping[str, JsonValue] | None = None,
     tolerance: Tolerance | None = None,
     sample: Sampler | None = None,
+    accelerate: bool = False,
     progress: Progress = lambda stage, fraction: None,
 ) -> Plan:
     """Turn a model into a plan file, and prove on the way that the plan computes what the model computes.
@@ -52,20 +55,23 @@ def build(
         metadata: JSON that the plan carries along, e.g. class names.
         tolerance: how far the plan may be from the model; `planmill.engine.TOLERANCES[precision]` when not given.
         sample: `sample(sizes, generator) -> inputs` in place of random ones, for a model that takes only some values.
+        accelerate: build from the twin of the model whose known third-party blocks are Planmill's layers (see
+            `planmill.engine.accelerate`); the plan is still verified against the model as it was given.
         progress: `progress(stage, fraction)`, called as the stages "capture", "compile", "verify", "write" advance.
 
     Returns:
         The plan written.
 
     Raises:
-        PlanError: the model, the arguments or the destination do not allow a plan, or the receipt is out of tolerance.
+        PlanError: the model, the arguments or the destination do not allow a plan, `accelerate` finds nothing to
+            replace, or the receipt is out of tolerance.
     """
     started = time.perf_counter()
     module = find_target(target)
     path = check_destination(out)
     kept = _plain_json(metadata or {})
     progress("capture", 0.0)
-    captured = capture(model, example_inputs, dynamic=dynamic, precision=precision, output_names=output_names)
+    captured = _capture(model, accelerate, example_inputs, dynamic, precision, output_names)
     with tempfile.TemporaryDirectory(prefix="planmill-") as folder:
         progress("compile", 0.0)
         payload = module.compile_program(captured, Path(folder))
@@ -83,6 +89,25 @@ def build(
         plan = write_plan(path, manifest, {described.name: payload})
     progress("write", 1.0)
     return plan
+
+
+def _capture(
+    model: torch.nn.Module,
+    accelerate: bool,
+    example_inputs: Examples,
+    dynamic: Dynamic,
+    precision: Precision,
+    output_names: Sequence[str] | None,
+) -> Captured:
+    """The program of the model, or of its accelerated twin with the model as the reference."""
+    if not accelerate:
+        return capture(model, example_inputs, dynamic=dynamic, precision=precision, output_names=output_names)
+    twin, replaced = swap_blocks(model)
+    if not replaced:
+        raise PlanError("accelerate: no block of the model is known; leave it out, or use Planmill's layers by hand")
+    captured = capture(twin, example_inputs, dynamic=dynamic, precision=precision, output_names=output_names)
+    names = [spec.name for spec in captured.inputs] if isinstance(example_inputs, Mapping) else None
+    return replace(captured, reference=Boundary(model, names).eval())
 
 
 def _manifest(

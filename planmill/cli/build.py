@@ -50,6 +50,9 @@ def build(
     max_rel: Annotated[float | None, typer.Option(help="Largest error allowed, relative to an output's scale.")] = None,
     cosine: Annotated[float | None, typer.Option(help="Least cosine allowed between plan and model.")] = None,
     seed: Annotated[int, typer.Option(help="Of the example inputs and of random weights.")] = 0,
+    accelerate: Annotated[
+        bool, typer.Option("--accelerate", help="Replace known blocks (transformers' MoE) by Planmill's layers first.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
 ) -> None:
     """Mill a model into a plan, and prove that the plan computes what the model computes."""
@@ -81,6 +84,7 @@ def build(
             precision=kind,
             dynamic=None if static else engine.DynamicDim("batch", *sizes),
             tolerance=tolerance,
+            accelerate=accelerate,
             progress=advance,
         )
     if as_json:
