@@ -33,7 +33,7 @@ struct Detected {
 };
 
 Detected detect() {
-#ifdef PLANMILL_EMULATE  // a test build: AVX-512 and AMX run over plain C++ (common/vec.h, neighbors/amx_emulation.h)
+#ifdef PLANMILL_EMULATE  // a test build: AVX-512 and AMX run over plain C++ (common/vec.h, common/amx_emulation.h)
   return {CpuCapability::kAmx, ""};
 #endif
   const Cpuid one(1, 0), seven(7, 0);

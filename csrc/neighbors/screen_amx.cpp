@@ -11,7 +11,7 @@ namespace {
 
 #ifdef PLANMILL_EMULATE
 using Vec = VecGeneric<16>;
-#include "neighbors/amx_emulation.h"
+#include "common/amx_emulation.h"
 #else
 using Vec = VecAvx512;
 #endif

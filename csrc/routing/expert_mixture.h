@@ -12,6 +12,24 @@ enum class Activation : int { kSilu = 0, kGelu = 1, kGeluTanh = 2, kRelu = 3 };
 // else is in the batch. Rows of a block of x stand this far apart.
 constexpr int64_t kChannelBlock = 256;
 
+struct alignas(64) TileState {
+  unsigned char bytes[64];
+};
+
+// Tile registers, for weights in bfloat16; null where there are none. Rows of x are rounded to bfloat16.
+struct TileKernels {
+  void (*start)(TileState* before) = nullptr;
+  void (*stop)(const TileState* before) = nullptr;
+  // Rows of x in the order of the tiles, 32 rows and 32 channels at a time, padded with zeros. These k channels are the
+  // steps of 32 from `step` on, of `steps` altogether.
+  void (*arrange)(const float* x, int64_t stride, int64_t rows, int64_t k, int64_t step, int64_t steps,
+                  uint32_t* out) = nullptr;
+  // z[i][r] = sum_c x[i][c] w[r][c] for `columns` rows of w, at most panel_width, added to z unless `first`; whole
+  // tiles of 16 are written. `next`: the full panel that comes next, brought to the cache meanwhile; null: none.
+  void (*multiply)(const void* w, int64_t ld, int64_t columns, const uint32_t* x, int64_t rows, int64_t k, float* z,
+                   int64_t ldz, bool first, const char* next) = nullptr;
+};
+
 struct ExpertMixtureKernels {
   int64_t panel_width;  // rows of a weight matrix that are packed together; results of `multiply` per row of x
   int64_t stream_rows;  // rows of x up to which `stream` is faster than `pack` and `multiply`
@@ -32,10 +50,12 @@ struct ExpertMixtureKernels {
                    int64_t n, float* out);
   // out += scale * row
   void (*accumulate)(const float* row, float scale, int64_t n, float* out);
+  TileKernels tiles = {};
 };
 
 const ExpertMixtureKernels* expert_mixture_baseline();
 const ExpertMixtureKernels* expert_mixture_avx2();
 const ExpertMixtureKernels* expert_mixture_avx512();
+const ExpertMixtureKernels* expert_mixture_amx();
 
 }  // namespace planmill

@@ -26,14 +26,17 @@ namespace {
 constexpr int64_t kBlockRows = 96;               // rows of one task: packing a weight costs as much as multiplying 4 rows
 constexpr int64_t kBlockColumns = 256;           // results of one task per row
 constexpr int64_t kGatheredBytes = 256 << 10;    // rows of x that a task holds at once
+constexpr int64_t kTiledBytes = 512 << 10;          // ... in bfloat16, for tile registers
 constexpr int64_t kHiddenBytes = 16 << 20;       // hidden rows between the two products
 constexpr int64_t kRowPadding = 16;               // a line: rows of results must not share their place in the cache
-constexpr double kPlainWork = 1 << 16;           // multiply-adds below which other threads are not woken
+constexpr int64_t kTiledColumns = 1024;          // ... over tile registers, whose rows of x cost more to arrange
+constexpr double kPlainWork = 1 << 19;           // multiply-adds below which other threads are not woken
 constexpr int64_t kTasksPerThread = 4;
 
 const ExpertMixtureKernels& kernels_in_use() {
   switch (cpu_capability()) {
     case CpuCapability::kAmx:
+      return *expert_mixture_amx();
     case CpuCapability::kAvx512:
       return *expert_mixture_avx512();
     case CpuCapability::kAvx2:
@@ -59,7 +62,8 @@ struct Rows {
 
   Rows() = default;
   Rows(const at::Tensor& x, int64_t row_stride)
-      : data(static_cast<const char*>(x.const_data_ptr())), storage(storage_of(x)), bytes(x.element_size()), stride(row_stride) {}
+      : data(static_cast<const char*>(x.const_data_ptr())), storage(storage_of(x)), bytes(x.element_size()),
+        stride(row_stride) {}
   explicit Rows(const float* x, int64_t row_stride) : data(reinterpret_cast<const char*>(x)), stride(row_stride) {}
   const char* at(int64_t row, int64_t column = 0) const { return data + (row * stride + column) * bytes; }
 };
@@ -136,10 +140,45 @@ void multiply_spans(const ExpertMixtureKernels& kernels, const Gather& gather, i
             continue;
           }
           kernels.pack(own, w.storage, w.stride, width, channels, panel);
-          kernels.multiply(rows_of_x, rows, panel, channels, out, ldz, block == 0, ahead, w.stride * w.bytes, channels * w.bytes);
+          kernels.multiply(rows_of_x, rows, panel, channels, out, ldz, block == 0, ahead, w.stride * w.bytes,
+                           channels * w.bytes);
         }
       }
   }
+}
+
+bool tiled(const ExpertMixtureKernels& kernels, const Rows& w) {
+  return kernels.tiles.multiply != nullptr && w.storage == Storage::kBFloat16;
+}
+
+// The same over tile registers, for every number of rows: x is rounded to bfloat16, so that nothing else has these bits.
+template <class Gather>
+void multiply_tiled(const ExpertMixtureKernels& kernels, const Gather& gather, int64_t rows, const Rows& w, int64_t k,
+                    const Span* spans, int count, float* z, int64_t ldz) {
+  if (k == 0) std::fill(z, z + rows * ldz, 0.0f);
+  const int64_t padded = round_up(rows, 32);
+  const int64_t held = std::max<int64_t>(1, kTiledBytes / (padded * kChannelBlock * 2)) * kChannelBlock;
+  float* x = scratch().get(0, rows * kChannelBlock);
+  auto* tiles = reinterpret_cast<uint32_t*>(scratch().get(1, padded * std::min(held, round_up(k, 32)) / 2));
+  TileState before;
+  kernels.tiles.start(&before);
+  for (int64_t first = 0; first < k; first += held) {
+    const int64_t channels = std::min(held, k - first), steps = (channels + 31) / 32;
+    for (int64_t c = 0; c < channels; c += kChannelBlock) {
+      const int64_t n = std::min(kChannelBlock, channels - c);
+      for (int64_t i = 0; i < rows; ++i) gather(i, first + c, n, x + i * kChannelBlock);
+      kernels.tiles.arrange(x, kChannelBlock, rows, n, c / 32, steps, tiles);
+    }
+    for (int s = 0; s < count; ++s)
+      for (int64_t c = 0; c < spans[s].count; c += kernels.panel_width) {
+        const int64_t width = std::min(kernels.panel_width, spans[s].count - c);
+        const bool more = c + 2 * kernels.panel_width <= spans[s].count;
+        const char* next = more ? w.at(spans[s].first + c + kernels.panel_width, first) : nullptr;
+        kernels.tiles.multiply(w.at(spans[s].first + c, first), w.stride, width, tiles, rows, channels,
+                               z + spans[s].offset + c, ldz, first == 0, next);
+      }
+  }
+  kernels.tiles.stop(&before);
 }
 
 struct Block {
@@ -158,6 +197,8 @@ class Mixture {
     weight_ = weights_.const_data_ptr<float>();
     tokens_ = x.size(0), k_ = indices.size(1), experts_ = down.size(0), outputs_ = down.size(1), hidden_ = down.size(2);
     gated_ = up.size(1) != hidden_;
+    tiled_ = tiled(kernels_, up_.rows);
+    most_columns_ = tiled_ ? kTiledColumns : kBlockColumns;
     kind_ = activation == "silu" ? Activation::kSilu : activation == "gelu" ? Activation::kGelu
             : activation == "gelu_tanh" ? Activation::kGeluTanh : Activation::kRelu;
     sort();
@@ -191,6 +232,12 @@ class Mixture {
   void combine(float* out) const;
   template <class Part>
   void each_part(size_t first, size_t last, int64_t columns, int64_t matrices, int64_t k, Part part) const;
+  template <class Gather>
+  void multiply_any(const Gather& gather, int64_t rows, const Rows& w, int64_t k, const Span* spans, int count, float* z,
+                    int64_t ldz) const {
+    if (tiled_) multiply_tiled(kernels_, gather, rows, w, k, spans, count, z, ldz);
+    else multiply_spans(kernels_, gather, rows, w, k, spans, count, z, ldz);
+  }
   const float* bias_of(const Layer& layer, int64_t expert, int64_t first, int64_t count, int which) const;
 
   const ExpertMixtureKernels& kernels_;
@@ -200,7 +247,8 @@ class Mixture {
   const int32_t* index_;
   const float* weight_;
   int64_t tokens_, k_, experts_, outputs_, hidden_;
-  bool gated_, weight_on_input_;
+  int64_t most_columns_;  // of a task
+  bool gated_, weight_on_input_, tiled_;
   Activation kind_;
   std::vector<int32_t> order_;  // assignments t * k + j by expert
   std::vector<Block> blocks_;
@@ -237,7 +285,7 @@ void Mixture::each_part(size_t first, size_t last, int64_t columns, int64_t matr
   const int64_t blocks = static_cast<int64_t>(last - first), threads = at::get_num_threads();
   const int64_t rows = blocks_[last - 1].first + blocks_[last - 1].rows - blocks_[first].first;
   const int64_t even = blocks * columns / (threads * kTasksPerThread) + 1;
-  const int64_t size = round_up(std::clamp<int64_t>(even, 1, kBlockColumns / matrices), kernels_.panel_width);
+  const int64_t size = round_up(std::clamp<int64_t>(even, 1, most_columns_ / matrices), kernels_.panel_width);
   const int64_t parts = (columns + size - 1) / size;
   std::atomic<int64_t> next{0};
   const auto work = [&](int64_t, int64_t) {
@@ -254,7 +302,8 @@ void Mixture::each_part(size_t first, size_t last, int64_t columns, int64_t matr
 // Part of an expert's bias, as float32 and padded to whole panels; null where there is none.
 const float* Mixture::bias_of(const Layer& layer, int64_t expert, int64_t first, int64_t count, int which) const {
   if (layer.bias.numel() == 0) return nullptr;
-  float* out = scratch().get(2, 4 * (kBlockColumns + kernels_.panel_width)) + which * (kBlockColumns + kernels_.panel_width);
+  const int64_t size = kTiledColumns + kernels_.panel_width;
+  float* out = scratch().get(2, 2 * size) + which * size;
   const Rows rows(layer.bias, layer.bias.size(1));
   kernels_.load_row(rows.at(expert, first), rows.storage, count, 1.0f, out);
   std::fill(out + count, out + round_up(count, kernels_.panel_width), 0.0f);
@@ -269,7 +318,7 @@ void Mixture::run_up(const Block& block, int64_t first, int64_t count) const {
     const int32_t a = order_[block.first + i];
     kernels_.load_row(input_.at(a / k_, begin), input_.storage, n, weight_on_input_ ? weight_[a] : 1.0f, out);
   };
-  multiply_spans(kernels_, gather, block.rows, up_.of(block.expert), up_.k, spans, gated_ ? 2 : 1, z, ldz);
+  multiply_any(gather, block.rows, up_.of(block.expert), up_.k, spans, gated_ ? 2 : 1, z, ldz);
   const float* gate_bias = bias_of(up_, block.expert, first, count, 0);
   const float* up_bias = gated_ ? bias_of(up_, block.expert, hidden_ + first, count, 1) : nullptr;
   for (int64_t i = 0; i < block.rows; ++i)
@@ -284,7 +333,7 @@ void Mixture::run_down(const Block& block, int64_t first, int64_t count) const {
   const auto gather = [&](int64_t i, int64_t begin, int64_t n, float* out) {
     std::memcpy(out, hidden_rows_ + (block.first - chunk_ + i) * hidden_stride_ + begin, static_cast<size_t>(n) * 4);
   };
-  multiply_spans(kernels_, gather, block.rows, down_.of(block.expert), hidden_, &span, 1, z, ldz);
+  multiply_any(gather, block.rows, down_.of(block.expert), hidden_, &span, 1, z, ldz);
   const float* bias = bias_of(down_, block.expert, first, count, 0);
   for (int64_t i = 0; i < block.rows; ++i) {
     float* out = result_ + order_[block.first + i] * result_stride_ + first;

@@ -42,7 +42,8 @@ typename V::F load_column(const T* w, int64_t ld) {
   return V::load(column);
 }
 
-#if defined(PLANMILL_AVX2) || defined(PLANMILL_AVX512)
+// PLANMILL_TURN: only the transposition, for AMX emulated.
+#if defined(PLANMILL_AVX2) || defined(PLANMILL_AVX512) || defined(PLANMILL_TURN)
 inline __m128 load4(const float* x) { return _mm_loadu_ps(x); }
 inline __m128 load4(const Half* x) { return _mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(x))); }
 inline __m128 load4(const BFloat16* x) { return _mm_loadu_ps(reinterpret_cast<const float*>(x)); }  // pairs of channels
@@ -170,13 +171,15 @@ constexpr int kStreamTile = 4;   // rows of x whose sums fit in registers beside
 constexpr int kStreamRows = 8;   // from here on it pays to pack
 
 template <class V, class T, int N>
-void stream_rows(int64_t n, const T* w, int64_t ld, int64_t k, const float* x, float* z, int64_t ldz, bool first, const T* next) {
+void stream_rows(int64_t n, const T* w, int64_t ld, int64_t k, const float* x, float* z, int64_t ldz, bool first,
+                 const T* next) {
   if (n == N) return stream_tile<V, T, N>(w, ld, k, x, z, ldz, first, next);
   if constexpr (N > 1) stream_rows<V, T, N - 1>(n, w, ld, k, x, z, ldz, first, next);
 }
 
 template <class V, class T>
-void stream_as(const T* w, int64_t ld, int64_t k, const float* x, int64_t rows, float* z, int64_t ldz, bool first, const T* next) {
+void stream_as(const T* w, int64_t ld, int64_t k, const float* x, int64_t rows, float* z, int64_t ldz, bool first,
+               const T* next) {
   const int64_t tiles = (rows + kStreamTile - 1) / kStreamTile;
   for (int64_t tile = 0, row = 0; tile < tiles; ++tile) {
     const int64_t n = (rows - row) / (tiles - tile);

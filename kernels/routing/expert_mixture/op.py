@@ -47,7 +47,8 @@ def mix_experts(
                                                   h = act(g) * u, [g; u] = up[e] v + up_bias[e]       gated.
 
     It is gated where `up` has 2F rows an expert: the gate's F first, then the F it multiplies. Sums are float32, in a
-    fixed order: over j in order, and a token's result does not depend on which other tokens share the batch.
+    fixed order: over j in order, and on a CPU a token's result has the same bits whatever other tokens share the batch.
+    Tensor cores and AMX take h in the 16-bit dtype of `x`; other processors keep it in float32.
 
     Args:
         x: [T, D], float32, bfloat16 or float16, any strides.

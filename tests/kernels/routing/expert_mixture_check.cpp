@@ -89,6 +89,37 @@ void check_products(const ExpertMixtureKernels& kernels, Storage storage, int64_
   expect(right, "the product", storage, rows, k);
 }
 
+// Tiles against double products of the rounded x; what no tile may touch is watched.
+void check_tiles(const ExpertMixtureKernels& kernels, int64_t rows, int64_t columns, int64_t k) {
+  const int64_t ld = k + 2, stride = k + 5, ldz = 40, steps = (k + 31) / 32, blocks = (rows + 31) / 32;
+  const Numbers w(Storage::kBFloat16, columns * ld), rounded(Storage::kBFloat16, rows * stride);
+  std::vector<float> x = rounded.value;
+  for (float& value : x) value *= 1.0f + 0x1p-10f;  // less than half of what bfloat16 resolves: rounds back
+  std::vector<uint32_t> tiles(static_cast<size_t>(blocks * steps * 512), 0x7fc07fc0u);
+  const int64_t split = k > 64 ? 64 : 0;
+  if (split) kernels.tiles.arrange(x.data(), stride, rows, split, 0, steps, tiles.data());
+  kernels.tiles.arrange(x.data() + split, stride, rows, k - split, split / 32, steps, tiles.data());
+  std::vector<float> z(static_cast<size_t>(rows * ldz), 7.0f);
+  TileState before;
+  kernels.tiles.start(&before);
+  for (const bool first : {true, false})
+    kernels.tiles.multiply(w.at(0), ld, columns, tiles.data(), rows, k, z.data(), ldz, first,
+                           columns == 32 ? static_cast<const char*>(w.at(0)) : nullptr);
+  kernels.tiles.stop(&before);
+  bool right = true;
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t r = 0; r < ldz; ++r) {
+      double sum = 0.0, size = 1e-30;
+      for (int64_t c = 0; c < k && r < columns; ++c) {
+        const double term = 2.0 * rounded.value[i * stride + c] * w.value[r * ld + c];
+        sum += term, size += std::fabs(term);
+      }
+      if (r < columns) right &= std::fabs(z[i * ldz + r] - sum) <= 4e-6 * size;
+      else if (r >= (columns > 16 ? 32 : 16)) right &= z[i * ldz + r] == 7.0f;
+    }
+  expect(right, "the product of tiles", Storage::kBFloat16, rows, k);
+}
+
 void check_rows(const ExpertMixtureKernels& kernels, Storage storage, int64_t n) {
   const Numbers x(storage, n);
   std::vector<float> out(static_cast<size_t>(n + 1), 7.0f);
@@ -109,6 +140,10 @@ int main() {
       for (const int64_t rows : {1, 2, 3, 4, 5, 6, 7, 12, 13, 25}) check_products(kernels, storage, rows, k);
     for (int64_t n = 0; n < 70; ++n) check_rows(kernels, storage, n);
   }
+  if (kernels.tiles.multiply != nullptr)
+    for (const int64_t k : {1, 2, 31, 32, 33, 64, 100, 256})
+      for (const int64_t rows : {1, 5, 16, 17, 32, 33, 50})
+        for (const int64_t columns : {1, 15, 16, 17, 31, 32}) check_tiles(kernels, rows, columns, k);
   std::printf("%d failures\n", failures);
   return failures != 0;
 }

@@ -1,4 +1,5 @@
-// The AMX instructions that screen_amx.cpp uses, in plain C++, for tests on machines without AMX.
+// The AMX instructions that the *_amx.cpp files use, in plain C++, for tests on machines without AMX. The including file has
+// `float from_bf16(uint32_t)`.
 
 alignas(64) thread_local float emulated_tile[8][16][16];
 
@@ -25,6 +26,10 @@ void emulate_dot(int sum, int left, int right) {
     }
 }
 
+#undef _tile_zero  // macros where <immintrin.h> was included
+#undef _tile_loadd
+#undef _tile_stored
+#undef _tile_dpbf16ps
 #define _tile_storeconfig(config) ((config)->palette = 0)
 #define _tile_loadconfig(config) (void)(config)
 #define _tile_release() (void)0
