@@ -31,15 +31,38 @@ struct Lookup {
   Element type;
   bool mean;
 
-  // The table row of a value: floor(h * M / 2^64), M < 2^31.
-  const char* row(int64_t value, int64_t seed) const {
-    const uint64_t h = mix(mix(static_cast<uint64_t>(value)) ^ static_cast<uint64_t>(seed)), m = static_cast<uint64_t>(rows);
+  // The table row of a mixed value: floor(h * M / 2^64), M < 2^31.
+  const char* row(uint64_t mixed, int64_t seed) const {
+    const uint64_t h = mix(mixed ^ static_cast<uint64_t>(seed)), m = static_cast<uint64_t>(rows);
     return table + static_cast<int64_t>(((h >> 32) * m + (((h & 0xffffffffu) * m) >> 32)) >> 32) * bytes;
   }
+  void fetch(const char* address) const {
+    for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(address + line);
+  }
   void run(int64_t first, int64_t last, char* out) const;
+  void run_single(int64_t first, int64_t last, char* out) const;
 };
 
-// Output slots [first, last) of [B, J].
+// Output slots [first, last) of [B, J] where each is the row of one value: nothing to add.
+void Lookup::run_single(int64_t first, int64_t last, char* out) const {
+  const char* found[kBlock];
+  int64_t entry = first / lookups, j = first % lookups, last_input = -1;
+  uint64_t mixed = 0;
+  for (; first < last; first += kBlock) {
+    const int64_t block = std::min(kBlock, last - first);
+    for (int64_t s = 0; s < block; ++s) {
+      const int64_t input = entry * inputs + features[j];
+      if (input != last_input) mixed = mix(static_cast<uint64_t>(values[input])), last_input = input;
+      found[s] = row(mixed, seeds[j]);
+      fetch(found[s]);
+      if (++j == lookups) j = 0, ++entry;
+    }
+    for (int64_t s = 0; s < block; ++s)
+      std::memcpy(out + (first + s) * bytes, found[s], static_cast<size_t>(bytes));
+  }
+}
+
+// The same where there are several values, or weights.
 void Lookup::run(int64_t first, int64_t last, char* out) const {
   const RowKernels& kernels = row_kernels();
   std::vector<const void*> found;
@@ -53,22 +76,17 @@ void Lookup::run(int64_t first, int64_t last, char* out) const {
       begin[s] = static_cast<int64_t>(found.size());
       at[s] = input * most;
       for (int64_t k = 0; k < count; ++k) {
-        const char* address = row(values[at[s] + k], seeds[j]);
-        for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(address + line);
+        const char* address = row(mix(static_cast<uint64_t>(values[at[s] + k])), seeds[j]);
+        fetch(address);
         found.push_back(address);
       }
     }
     begin[block] = static_cast<int64_t>(found.size());
     for (int64_t s = 0; s < block; ++s) {
       const int64_t count = begin[s + 1] - begin[s];
-      const void* const* own = found.data() + begin[s];
-      char* target = out + (first + s) * bytes;
-      if (count == 1 && weights == nullptr) {
-        std::memcpy(target, own[0], static_cast<size_t>(bytes));
-        continue;
-      }
       const float factor = mean && count > 0 ? 1.0f / static_cast<float>(count) : 1.0f;
-      kernels.sum(type, own, weights == nullptr ? nullptr : weights + at[s], count, width, factor, target);
+      kernels.sum(type, found.data() + begin[s], weights == nullptr ? nullptr : weights + at[s], count, width, factor,
+                  out + (first + s) * bytes);
     }
   }
 }
@@ -96,8 +114,11 @@ at::Tensor hash_embedding(const at::Tensor& values, const at::Tensor& lengths, c
                       type,
                       mean};
   auto* target = static_cast<char*>(out.data_ptr());
-  at::parallel_for(0, batch * lookups, std::max<int64_t>(kBlock, 32768 / width),
-                   [&](int64_t first, int64_t last) { lookup.run(first, last, target); });
+  const bool single = lookup.most == 1 && lookup.lengths == nullptr && lookup.weights == nullptr;
+  at::parallel_for(0, batch * lookups, std::max<int64_t>(kBlock, 32768 / width), [&](int64_t first, int64_t last) {
+    if (single) lookup.run_single(first, last, target);
+    else lookup.run(first, last, target);
+  });
   return out;
 }
 
