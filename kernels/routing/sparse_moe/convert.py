@@ -109,7 +109,7 @@ def assemble(
         shared_hidden=0 if shared is None else shared.shape[-1], shared_gate="shared_expert_gate.weight" in tensors,
         correction_bias="gate.e_score_correction_bias" in tensors, device="meta", **options,
     )  # fmt: skip
-    _adopt(made, tensors)
+    _adopt(made, tensors, published=not needed)
     return made
 
 
@@ -118,7 +118,8 @@ def _keep(source: Mapping[str, Any], read: dict[str, torch.Tensor]) -> dict[str,
     return {name: source[name] if isinstance(source.get(name), torch.Tensor) else value for name, value in read.items()}
 
 
-def _adopt(layer: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+def _adopt(layer: nn.Module, tensors: dict[str, torch.Tensor], published: bool) -> None:
+    """`published`: the tensors are a module's own, and what is trained there is trained here."""
     places = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
     if odd := sorted(set(places) ^ set(tensors)):
         verb = "is missing" if odd[0] in places else "has no place in the layer"
@@ -131,6 +132,6 @@ def _adopt(layer: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
         if name.endswith("e_score_correction_bias"):
             setattr(holder, leaf, tensor.detach() if tensor.dtype is torch.float32 else tensor.detach().float())
             continue
-        trained = tensor.requires_grad or not isinstance(tensor, nn.Parameter)
+        trained = tensor.requires_grad or not published
         held = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor.detach(), requires_grad=trained)
         setattr(holder, leaf, held)

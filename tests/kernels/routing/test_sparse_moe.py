@@ -154,6 +154,12 @@ def test_parameters_are_shared_where_the_layout_is_the_same(build: Any) -> None:
     assert layer.gate.weight is made.gate.weight
     names = set(made.state_dict()) & set(layer.state_dict())
     assert {"gate.weight", "experts.gate_up_proj", "experts.down_proj"} <= names
+    assert all(parameter.requires_grad for parameter in layer.parameters())
+    frozen = SparseMoE.from_module(made.requires_grad_(False))
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())
+    constructor, options = STATE_OPTIONS[build]
+    loaded = getattr(SparseMoE, constructor)(made.state_dict(), **options)
+    assert all(parameter.requires_grad for parameter in loaded.parameters())
 
 
 STATE_OPTIONS: dict[Any, tuple[str, dict[str, Any]]] = {
