@@ -24,6 +24,10 @@ class HashEmbedding(nn.Module):
 
     Raises:
         ValueError: no lookup, a size that is not positive.
+
+    Shapes: values [B, F] or [B, F, L] int64 -> [B, sum(features) * d].
+
+    Source: Unified Embedding (Coleman et al., NeurIPS 2023); see `embed_hashed` for what is ours.
     """
 
     seeds: torch.Tensor

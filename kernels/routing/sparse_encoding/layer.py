@@ -38,6 +38,10 @@ class SparseAutoencoder(nn.Module):
 
     Raises:
         ValueError: k outside 1 to 1024, an unknown mode; from `encode`, a token with more than 1024 active latents.
+
+    Shapes: x [..., D] -> [..., D].
+
+    Source: see `encode_sparsely`; the names and layouts are those of EleutherAI's sparsify and of overcomplete.
     """
 
     threshold: nn.Parameter | None
