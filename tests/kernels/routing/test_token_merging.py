@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+import timm
 import torch
 
 from planmill import kernels
@@ -92,6 +93,37 @@ def test_bipartite_soft_matching(tokens: int) -> None:
             torch.testing.assert_close(x[entry], want[entry][0], atol=1e-5, rtol=1e-5)
             assert torch.equal(size[entry], want[entry][1])
     assert x.shape == (2, tokens - 21, 32)
+
+
+def features_with_merging(model: Any, images: torch.Tensor, merges: tuple[int, ...]) -> torch.Tensor:
+    """A ViT of timm (Apache-2.0) with ToMe in every block: keys as metric, attention in proportion to the sizes."""
+    x = model.norm_pre(model._pos_embed(model.patch_embed(images)))
+    size = torch.ones(*x.shape[:2], 1)
+    for block, count in zip(model.blocks, merges, strict=True):
+        heads = block.attn.num_heads
+        q, k, v = block.attn.qkv(block.norm1(x)).unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+        bias = size.log().view(len(x), 1, 1, -1)
+        mixed = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        x = x + block.attn.proj(mixed.transpose(1, 2).flatten(2))
+        plan = match_tokens(k.mean(1), TokenPartition.alternating(x.shape[1]), count)
+        total, size = (merge_tokens(part, plan, "sum") for part in (x * size, size))
+        x = total / size
+        x = x + block.mlp(block.norm2(x))
+    return model.norm(x)
+
+
+def test_merging_in_a_vision_transformer() -> None:
+    """Without merges nothing changes; equal tokens merge without loss, since attention knows how many they were."""
+    model = timm.create_model("vit_tiny_patch16_224", img_size=96, depth=3, num_classes=0).eval()
+    with torch.no_grad():
+        images = normal(2, 3, 96, 96)
+        same = features_with_merging(model, images, (0, 0, 0))
+        torch.testing.assert_close(same[:, 0], model.forward_features(images)[:, 0], atol=1e-4, rtol=1e-4)
+        model.pos_embed.zero_()
+        constant = normal(2, 3, 1, 1).expand(-1, -1, 96, 96)
+        merged = features_with_merging(model, constant, (18, 9, 4))
+        assert merged.shape == (2, 37 - 18 - 9 - 4, 192)
+        torch.testing.assert_close(merged[:, 0], model.forward_features(constant)[:, 0], atol=1e-4, rtol=1e-4)
 
 
 def test_alternating_partition_of_one_and_two_tokens() -> None:
