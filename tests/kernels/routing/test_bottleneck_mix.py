@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from planmill.kernels.routing import BottleneckMix
+from planmill.kernels.routing.expert_mixture.reference import ACTIVATIONS
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -19,12 +20,11 @@ def formula(x: torch.Tensor, layer: BottleneckMix) -> torch.Tensor:
     found = F.linear(seen, p["gate.weight"], p["gate.bias"]).topk(layer.k, 2)
     g = torch.zeros(*seen.shape[:2], len(layer.down), dtype=torch.float64)
     g = g.scatter(2, found.indices, found.values.softmax(2))
-    act = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}[layer.activation]
-    y = sum(
-        g[..., e, None] * F.linear(act(F.linear(x, p["down"][e], p["down_bias"][e])), p["up"][e], p["up_bias"][e])
-        for e in range(len(layer.down))
-    )
-    assert isinstance(y, torch.Tensor)
+    act = ACTIVATIONS[layer.activation]
+    y = torch.zeros_like(x)
+    for e in range(len(layer.down)):
+        h = act(F.linear(x, p["down"][e], p["down_bias"][e]))
+        y = y + g[..., e, None] * F.linear(h, p["up"][e], p["up_bias"][e])
     return x + y if layer.residual else y
 
 
