@@ -31,10 +31,11 @@ def call(args: tuple) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("level", "emulated"), [*((level, False) for level in NATIVE), ("avx512", True), ("amx", True)],
+    ("level", "emulated"), [*((level, False) for level in NATIVE), ("amx", True)],
     ids=lambda v: v if isinstance(v, str) else "emulated" if v else "native",
 )  # fmt: skip
 def test_blocks_of_every_instruction_set(level: str, emulated: bool, tmp_path: Path) -> None:
+    """AMX emulated holds what AVX-512 is made of too: vectors of 16, but for their intrinsics."""
     program = tmp_path / "check"
     command = ["g++", "-O1", "-std=c++20", "-fno-math-errno", f"-I{ROOT / 'csrc'}", f"-DKERNELS=expert_mixture_{level}"]
     command += ["-DPLANMILL_EMULATE"] * emulated
@@ -236,7 +237,7 @@ def random_arguments(seed: int, dtype: torch.dtype) -> tuple:
 def test_random_arguments(dtype: torch.dtype) -> None:
     """What nobody thought of as a case. Sums may cancel: the bound is that of their terms."""
     levels = itertools.cycle(LEVELS)
-    for seed in range(40):
+    for seed in range(24):
         args = random_arguments(seed, dtype)
         check_random(args, dtype, next(levels), seed)
 
