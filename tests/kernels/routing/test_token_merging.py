@@ -114,7 +114,7 @@ def features_with_merging(model: Any, images: torch.Tensor, merges: tuple[int, .
 
 def test_merging_in_a_vision_transformer() -> None:
     """Without merges nothing changes; equal tokens merge without loss, since attention knows how many they were."""
-    model = timm.create_model("vit_tiny_patch16_224", img_size=96, depth=3, num_classes=0).eval()
+    model: Any = timm.create_model("vit_tiny_patch16_224", img_size=96, depth=3, num_classes=0).eval()
     with torch.no_grad():
         images = normal(2, 3, 96, 96)
         same = features_with_merging(model, images, (0, 0, 0))
