@@ -85,3 +85,33 @@ def test_decoding(dtype: torch.dtype) -> None:
         print(f"seed {seed}: {[tuple(a.shape) for a in args]}")
         atol, rtol = spec.tolerances[dtype]
         torch.testing.assert_close(spec.op(*args), spec.reference(*args), atol=4 * atol, rtol=rtol)
+
+
+def _next_best(args: tuple, values: torch.Tensor, indices: torch.Tensor, counts: torch.Tensor) -> None:
+    """The largest is left out, and what would have come next stands at the end."""
+    longer = ops()["sparse_encoding"].reference(*args[:4], args[4] + 1, args[5])
+    values.copy_(longer[0][:, 1:])
+    indices.copy_(longer[1][:, 1:])
+
+
+MUTATIONS = {
+    "a value": lambda args, values, indices, counts: values[2].mul_(1.0001),
+    "an index": lambda args, values, indices, counts: indices[2, 1].add_(1),
+    "the order": lambda args, values, indices, counts: (values.copy_(values.flip(1)), indices.copy_(indices.flip(1))),
+    "a count": lambda args, values, indices, counts: counts[3].sub_(1),
+    "the next best": _next_best,
+}
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_the_comparison_sees(mutation: str) -> None:
+    spec = ops()["sparse_encoding"]
+    assert spec.compare is not None
+    g = torch.Generator().manual_seed(0)
+    args = torch.randn(9, 16, generator=g), torch.randn(60, 16, generator=g), torch.empty(0), torch.empty(0), 5, "topk"
+    want = spec.reference(*args)
+    spec.compare(args, want, want, 1e-6, 1e-6)
+    got = tuple(t.clone() for t in want)
+    MUTATIONS[mutation](args, *got)
+    with pytest.raises(AssertionError):
+        spec.compare(args, got, want, 1e-6, 1e-6)
