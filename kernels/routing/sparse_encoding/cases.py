@@ -106,10 +106,13 @@ def cases() -> list[Case]:
             Case(f"{mode}_middle", make),
             Case(f"{mode}_ties", _with(make, _ties)),
             Case(f"{mode}_not_finite", _with(make, _poisoned)),
-            Case(f"{mode}_few_not_finite", _with(_sized(8, 60, 24, 9, mode=mode), _poisoned), float32),
-            Case(f"{mode}_zeros", _with(make, _zeros), float32),
-            Case(f"{mode}_uneven", _with(make, _shared), float32),
         ]
+    made += [
+        Case("few_not_finite", _with(_sized(8, 60, 24, 9, mode="abs_topk"), _poisoned), float32),
+        Case("zeros", _with(middle["topk"], _zeros), float32),
+        Case("zeros_and_thresholds", _with(middle["jump_relu"], _zeros), float32),
+        Case("uneven", _with(middle["topk"], _shared), float32),
+    ]
     return made
 
 

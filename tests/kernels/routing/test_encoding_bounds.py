@@ -1,4 +1,4 @@
-"""The bounds of sparse_encoding on every instruction set against double arithmetic; AVX-512 also over emulated registers.
+"""The bounds of sparse_encoding on each instruction set against double arithmetic; AVX-512 also over plain C++.
 
 AMX machines take the AVX-512 kernels with products in float, which are checked too.
 """
