@@ -3,7 +3,7 @@
 import torch
 from torch.compiler import is_compiling
 
-from planmill.kernels.common.checks import check_choice, check_float, check_rank
+from planmill.kernels.common.checks import check_choice, check_device, check_dtype, check_float, check_rank
 from planmill.kernels.common.registration import register
 from planmill.kernels.common.spec import OpSpec
 from planmill.kernels.routing.hash_embedding.cases import cases
@@ -53,8 +53,7 @@ _op, _call = register(SPEC)
 
 def _check_integers(name: str, x: torch.Tensor, dtype: torch.dtype, rank: int, layout: str) -> None:
     check_rank("hash_embedding", name, x, rank, layout)
-    if x.dtype is not dtype:
-        raise TypeError(f"hash_embedding: {name} must be {str(dtype)[6:]}, got {x.dtype}")
+    check_dtype("hash_embedding", name, x, dtype)
 
 
 def _check(
@@ -80,14 +79,13 @@ def _check(
         if lengths.shape != values.shape[:2]:
             raise ValueError(f"{op}: lengths must be {list(values.shape[:2])} like values, got {list(lengths.shape)}")
     if weights is not None:
-        if weights.dtype is not torch.float32:
-            raise TypeError(f"{op}: weights must be float32, got {weights.dtype}")
+        check_dtype(op, "weights", weights, torch.float32)
         if weights.shape != values.shape:
             raise ValueError(f"{op}: weights must be {list(values.shape)} like values, got {list(weights.shape)}")
     for name, x in (("values", values), ("seeds", seeds), ("features", features), ("lengths", lengths),
                     ("weights", weights)):  # fmt: skip
-        if x is not None and x.device != table.device:
-            raise ValueError(f"{op}: {name} must be on {table.device} like table, got {x.device}")
+        if x is not None:
+            check_device(op, name, x, "table", table)
     if features.device.type == "cpu" and not is_compiling() and features.numel():
         low, high = features.aminmax()
         if int(low) < 0 or int(high) >= values.shape[1]:
