@@ -19,6 +19,7 @@ SPEC = OpSpec(
     reference=slot_weights_reference,
     cases=cases,
     cpu="C++",
+    cuda="_triton:launch",
 )
 _op, _call = register(SPEC)
 
