@@ -94,7 +94,7 @@ def cases() -> list[Case]:
         case("many_tokens", 1, 300, 17),
         case("masked", 3, 17, 21, masked=True, scaled=True, gradient=True),
         case("masked_linear", 3, 17, 21, masked=True, scaled=True, weighting="linear", gradient=True),
-        case("scaled_dispatch", 2, 11, 8, scaled=True, scale_dispatch=True, masked=True, gradient=True),
+        case("odd", 3, 11, 9, scaled=True, scale_dispatch=True, masked=True, gradient=True),
         case("huge", 2, 40, 37, scale=300.0),
         case("huge_linear", 2, 40, 37, scale=300.0, weighting="linear"),
         case("largest", 2, 9, 17, scale=1e37, dtypes=FULL_RANGE),
