@@ -1,24 +1,26 @@
 // knn on the CPU: the database is packed and screened block by block, each query keeps the rows that could be among its k
-// nearest, and these are evaluated again in float32.
+// nearest, and these are evaluated again in float32. The screen is in bytes where k rows of many are looked for; queries
+// to which too many rows look alike in bytes are screened again in 16 bits.
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <limits>
 #include <string_view>
 
+#include "neighbors/listing.h"
 #include "neighbors/scoring.h"
-#include "neighbors/shortlist.h"
 
 namespace planmill {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr int64_t kColumns = 1024;                   // right rows of a block of products
 constexpr int64_t kPackedRows = 4096;                // right rows packed at a time
 constexpr int64_t kQueryBytes = int64_t{8} << 20;    // of queries packed at a time
 constexpr int64_t kFewQueries = 12;                  // below, packing the database costs more than reading it
+constexpr int64_t kCoarseRows = 64;                  // rows per neighbour from which on bytes tell them apart
 
 struct Neighbor {
   float distance;  // smaller is nearer
@@ -64,13 +66,42 @@ void Query::evaluate(const float* x, const int32_t* index, int64_t count, Neighb
       } else if (metric == Metric::kDot) {
         value = -static_cast<float>(product_in_range(value, x, rows[j], d));
       } else {
-        const double both = own * length_of_row(rows[j], d);
+        const double both = own * database.length(index[first + j], rows[j]);
         value = static_cast<float>(1.0 - (both == 0.0 ? 0.0 : product_in_range(value, x, rows[j], d) / both));
       }
       out[first + j] = {value, index[first + j]};
     }
   }
 }
+
+// The k nearest of a stream of neighbours: sorted and cut whenever the buffer is full.
+class Nearest {
+ public:
+  explicit Nearest(int64_t k) : k_(static_cast<size_t>(k)) { kept_.reserve(2 * k_ + 64); }
+  void add(const Neighbor& neighbor) {
+    if (full_ && !(neighbor < worst_)) return;
+    kept_.push_back(neighbor);
+    if (kept_.size() == 2 * k_ + 64) cut();
+  }
+  void cut() {
+    if (kept_.size() <= k_) return;
+    std::nth_element(kept_.begin(), kept_.begin() + static_cast<int64_t>(k_) - 1, kept_.end());
+    kept_.resize(k_);
+    worst_ = kept_.back();
+    full_ = true;
+  }
+  std::vector<Neighbor>& sorted() {
+    cut();
+    std::sort(kept_.begin(), kept_.end());
+    return kept_;
+  }
+
+ private:
+  size_t k_;
+  std::vector<Neighbor> kept_;
+  Neighbor worst_{kInfinity, 0};
+  bool full_ = false;
+};
 
 void write_row(const std::vector<Neighbor>& sorted, int64_t k, Metric metric, float* values, int32_t* indices) {
   for (int64_t j = 0; j < k; ++j) {
@@ -86,7 +117,7 @@ void scan_database(const Query& q, float* values, int32_t* indices) {
   const int64_t n = q.queries.count(), m = q.database.count(), d = q.queries.width();
   const double work = static_cast<double>(n) * static_cast<double>(m) * static_cast<double>(d);
   const int64_t parts = work > kPlainWork ? at::get_num_threads() : 1, size = (m + parts - 1) / std::max<int64_t>(parts, 1);
-  std::vector<Best<Neighbor>> nearest(static_cast<size_t>(n * parts), Best<Neighbor>(q.k));
+  std::vector<Nearest> nearest(static_cast<size_t>(n * parts), Nearest(q.k));
   std::vector<float> own(static_cast<size_t>(n * d));
   std::vector<const float*> x(static_cast<size_t>(n));
   std::vector<char> usable(static_cast<size_t>(n));
@@ -121,7 +152,7 @@ void scan_database(const Query& q, float* values, int32_t* indices) {
     }
   });
   for (int64_t i = 0; i < n; ++i) {
-    Best<Neighbor>& all = nearest[i * parts];
+    Nearest& all = nearest[i * parts];
     for (int64_t part = 1; part < parts; ++part)
       for (const Neighbor& neighbor : nearest[i * parts + part].sorted()) all.add(neighbor);
     write_row(all.sorted(), q.k, q.metric, values + i * q.k, indices + i * q.k);
@@ -131,78 +162,95 @@ void scan_database(const Query& q, float* values, int32_t* indices) {
 struct Screen {
   const Query& q;
   const Frame& frame;
+  const ScreenKernels& kernels;
   bool exact;
+  const int64_t* positions;  // of the queries among all queries; null: as they are
+  int64_t listed, evaluated;  // rows of a query; with more, it is left to a finer screen
+  bool sharp;  // the best rows are looked at in between
 
-  bool run(float* values, int32_t* indices) const;
-  void screen(const Packed& left, const Packed& right, int64_t slot, int64_t query, int64_t count, int64_t row,
-              int64_t rows, Shortlist* lists, Workspace& w) const;
+  // False if a row does not fit the frame. The queries that were not answered are added to `unanswered`.
+  bool run(float* values, int32_t* indices, std::vector<int64_t>& unanswered) const;
+  void screen(const Screening& s, int64_t slot, int64_t query, int64_t count, int64_t row, int64_t rows,
+              Candidates* lists, Workspace& w) const;
+  int64_t position(int64_t i) const { return positions == nullptr ? i : positions[i]; }
 };
 
-bool Screen::run(float* values, int32_t* indices) const {
+bool Screen::run(float* values, int32_t* indices, std::vector<int64_t>& unanswered) const {
   const int64_t n = q.queries.count(), m = q.database.count(), d = q.queries.width();
-  const int64_t group = std::min(n, std::max(q.kernels.left_rows, kQueryBytes / (2 * d + 64)));
-  const int64_t chunk = even_block(group, q.kernels.left_rows, q.kernels.left_panel, at::get_num_threads());
-  Packed left(q.kernels, Packed::Side::kLeft, group, d);
-  Packed right(q.kernels, Packed::Side::kRight, std::min(kPackedRows, m), d);
+  const int64_t group = std::min(n, std::max(kernels.left_rows, kQueryBytes / (2 * d + 64)));
+  const int64_t chunk = even_block(group, kernels.left_rows, kernels.left_panel, at::get_num_threads());
+  Packed left(kernels, Packed::Side::kLeft, group, d);
+  Packed right(kernels, Packed::Side::kRight, std::min(kPackedRows, m), d);
+  const Screening screening{kernels, frame, q.metric, left, right, q.queries, q.database};
   for (int64_t first = 0; first < n; first += group) {
     const int64_t count = std::min(group, n - first), chunks = (count + chunk - 1) / chunk;
     if (!left.pack(q.queries, first, count, frame, q.metric, q.metric == Metric::kL2, false, 0)) return false;
-    std::vector<Shortlist> lists(static_cast<size_t>(count), Shortlist(q.k, kLowest));
+    std::vector<Candidates> lists(static_cast<size_t>(count), Candidates(q.k, listed));
     for (int64_t row = 0; row < m; row += kPackedRows) {
       const int64_t rows = std::min(kPackedRows, m - row);
       if (!right.pack(q.database, row, rows, frame, q.metric, true, false, 0)) return false;
       at::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
         Workspace w;
         for (int64_t c = begin; c < end; ++c)
-          screen(left, right, c * chunk, first + c * chunk, std::min(chunk, count - c * chunk), row, rows,
+          screen(screening, c * chunk, first + c * chunk, std::min(chunk, count - c * chunk), row, rows,
                  lists.data() + c * chunk, w);
       });
     }
+    std::vector<char> answered(static_cast<size_t>(count), 1);
     at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
       Workspace w;
       std::vector<float> scratch(static_cast<size_t>(d));
       std::vector<Neighbor> found;
+      std::vector<int32_t> rows;
       for (int64_t i = begin; i < end; ++i) {
-        const std::vector<int32_t>& rows = lists[i].rows();
+        if (sharp && left.valid(i)) screening.sharpen(first + i, lists[i], w);
+        else lists[i].cut();
+        answered[i] = !lists[i].abandoned() && lists[i].size() <= evaluated;
+        if (!answered[i]) continue;
+        lists[i].rows(rows);
         found.resize(rows.size());
         q.evaluate(q.queries.get(first + i, scratch.data()), rows.data(), static_cast<int64_t>(rows.size()), found.data(), w);
         const auto kept = std::min<int64_t>(q.k, static_cast<int64_t>(found.size()));
         std::partial_sort(found.begin(), found.begin() + kept, found.end());
         found.resize(static_cast<size_t>(kept));
-        write_row(found, q.k, q.metric, values + (first + i) * q.k, indices + (first + i) * q.k);
+        const int64_t at = position(first + i) * q.k;
+        write_row(found, q.k, q.metric, values + at, indices + at);
       }
     });
+    for (int64_t i = 0; i < count; ++i)
+      if (!answered[i]) unanswered.push_back(first + i);
   }
   return true;
 }
 
-void Screen::screen(const Packed& left, const Packed& right, int64_t slot, int64_t query, int64_t count, int64_t row,
-                    int64_t rows, Shortlist* lists, Workspace& w) const {
-  const StatsView own = left.stats(slot);
-  for (int64_t c = 0; c < rows; c += kColumns) {
-    const int64_t ld = right.padded(std::min(kColumns, rows - c));
-    w.products.resize(static_cast<size_t>(left.padded(count) * ld));
-    w.found.resize(static_cast<size_t>(ld));
-    w.low_left.resize(static_cast<size_t>(ld));
-    w.low_right.resize(static_cast<size_t>(ld));
-    q.kernels.multiply(left.at(slot), right.at(c), left.panels(count), right.panels(ld), left.pairs(), w.products.data(), ld);
-    for (int64_t r = 0; r < count; ++r) {
-      if (!left.valid(slot + r)) continue;
-      const RowStats stats{own.inv[r], own.half[r], own.norm[r], own.res[r]};
-      if (lists[r].threshold() <= kLowest) {
-        const int64_t groups = q.kernels.group_bounds(w.products.data() + r * ld, ld, stats, right.stats(c), exact,
-                                                      w.low_left.data());
-        lists[r].start(w.low_left.data(), groups, q.exclude_self ? 1 : 0);
-      }
-      const int64_t listed = q.kernels.list_above(w.products.data() + r * ld, ld, stats, right.stats(c), exact,
-                                                  lists[r].threshold(), w.found.data(), w.low_left.data(), w.low_right.data());
-      for (int64_t j = 0; j < listed; ++j) {
-        const int64_t index = row + c + w.found[j];
-        if (!(q.exclude_self && index == query + r))
-          lists[r].add(w.low_left[j], w.low_right[j], static_cast<int32_t>(index));
-      }
-    }
+void Screen::screen(const Screening& s, int64_t slot, int64_t query, int64_t count, int64_t row, int64_t rows,
+                    Candidates* lists, Workspace& w) const {
+  if (std::all_of(lists, lists + count, [](const Candidates& list) { return list.abandoned(); })) return;
+  for (int64_t c = 0; c < rows; c += kListedColumns) {
+    list_candidates(s, slot, count, c, std::min(kListedColumns, rows - c), row, exact, q.exclude_self, lists, w,
+                    [&](int64_t r, int64_t index) { return !(q.exclude_self && index == position(query + r)); });
+    if (sharp && std::has_single_bit(static_cast<uint64_t>((row + c) / kListedColumns + 1)))  // twice the rows of last time
+      for (int64_t r = 0; r < count; ++r)
+        if (s.left.valid(slot + r)) s.sharpen(query + r, lists[r], w);
   }
+}
+
+// Bytes first where they may pay, then 16 bits for the queries that they could not answer. False if a row does not fit the
+// frame, which is made from a sample of the rows, or from all (`whole`).
+bool search(const Query& q, const at::Tensor& queries, bool exact, bool whole, float* values, int32_t* indices) {
+  const int64_t m = q.database.count(), all = std::numeric_limits<int32_t>::max();
+  const Frame frame = frame_of(q.database, q.metric, &q.queries, whole);
+  std::vector<int64_t> unanswered;
+  if (!exact || &coarse_kernels() == &q.kernels || m < kCoarseRows * q.k)
+    return Screen{q, frame, q.kernels, exact, nullptr, all, all, false}.run(values, indices, unanswered);
+  const int64_t listed = std::max(m / 8, 4 * q.k), evaluated = std::max(m / 32, 2 * q.k);
+  if (!Screen{q, frame, coarse_kernels(), true, nullptr, listed, evaluated, true}.run(values, indices, unanswered)) return false;
+  if (unanswered.empty()) return true;
+  const std::vector<int64_t> positions = std::move(unanswered);
+  const at::Tensor rest = queries.index_select(0, at::tensor(positions, at::kLong));
+  const Rows rows(rest, q.queries.width());
+  const Query again{rows, q.database, q.k, q.metric, q.squared, q.exclude_self, q.kernels};
+  return Screen{again, frame, q.kernels, true, positions.data(), all, all, false}.run(values, indices, unanswered);
 }
 
 std::tuple<at::Tensor, at::Tensor> knn(const at::Tensor& queries, const at::Tensor& database, int64_t k,
@@ -213,17 +261,17 @@ std::tuple<at::Tensor, at::Tensor> knn(const at::Tensor& queries, const at::Tens
   float* value = values.data_ptr<float>();
   int32_t* index = indices.data_ptr<int32_t>();
   const Metric kind = metric == "cosine" ? Metric::kCosine : metric == "dot" ? Metric::kDot : Metric::kL2;
-  const Rows left(a, d), right(b, d);
+  Rows left(a, d), right(b, d);
   if (m == 0 || d == 0 || n == 0) {
     for (int64_t i = 0; i < n; ++i) write_row({}, k, kind, value + i * k, index + i * k);
     return {values, indices};
   }
+  if (kind == Metric::kCosine) right.measure(), left.measure();
   const Query q{left, right, k, kind, metric == "l2sq", exclude_self, screen_kernels()};
-  if (n < kFewQueries || static_cast<double>(n) * static_cast<double>(m) * static_cast<double>(d) <= kPlainWork) {
+  if (n < kFewQueries || static_cast<double>(n) * static_cast<double>(m) * static_cast<double>(d) <= kPlainWork)
     scan_database(q, value, index);
-  } else if (!Screen{q, frame_of(right, kind, &left, false), exact}.run(value, index)) {
-    Screen{q, frame_of(right, kind, &left, true), exact}.run(value, index);
-  }
+  else if (!search(q, a, exact, false, value, index))
+    search(q, a, exact, true, value, index);
   return {values, indices};
 }
 

@@ -29,18 +29,20 @@ struct Counts {
 };
 
 // The kernels of one instruction set. Left rows are packed into panels of `left_panel` rows, right rows into panels of
-// `right_panel`; a packed row is `pairs` 32-bit words of two 16-bit numbers, zero-padded.
+// `right_panel`; a packed row is `pairs` 32-bit words of two 16-bit numbers, zero-padded (or of bytes: screen_bytes.h).
 struct ScreenKernels {
   const char* name;
   int left_panel, right_panel;
-  int pair_multiple;     // pairs of a packed row are a multiple of this
   bool integer;          // products arrive as int32, else as float
   int64_t left_rows;     // rows of a left block that keep the caches busy but not full
 
   // out = x * scale - centre (null: no centre); returns the largest |x|, infinity where x holds NaN or infinity.
   float (*prepare)(const float* x, int64_t d, float scale, const float* centre, float* out);
+  // Words of a packed row of d numbers.
+  int64_t (*words)(int64_t d);
   // 16-bit form of x [d]; `rounded` asks for the length of the rounded row in `half`.
-  void (*quantize)(const float* x, int64_t d, int64_t pairs, bool rounded, uint32_t* out, RowStats* stats);
+  void (*quantize_left)(const float* x, int64_t d, int64_t pairs, bool rounded, uint32_t* out, RowStats* stats);
+  void (*quantize_right)(const float* x, int64_t d, int64_t pairs, bool rounded, uint32_t* out, RowStats* stats);
   // A panel from its rows [left_panel or right_panel][pairs].
   void (*put_left)(const uint32_t* rows, int64_t pairs, uint32_t* panel);
   void (*put_right)(const uint32_t* rows, int64_t pairs, uint32_t* panel);
@@ -77,5 +79,7 @@ const ScreenKernels* screen_baseline();
 const ScreenKernels* screen_avx2();
 const ScreenKernels* screen_avx512();
 const ScreenKernels* screen_amx();
+const ScreenKernels* screen_bytes_avx2();
+const ScreenKernels* screen_bytes_avx512();
 
 }  // namespace planmill

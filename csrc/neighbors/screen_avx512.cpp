@@ -4,7 +4,7 @@
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
 #define PLANMILL_AVX512
 #endif
-#include "neighbors/screen_kernels.h"
+#include "neighbors/screen_bytes.h"
 
 namespace planmill {
 namespace {
@@ -17,6 +17,11 @@ using Vec = VecAvx512;
 
 const ScreenKernels* screen_avx512() {
   static constexpr ScreenKernels kernels = integer_kernels<Vec, 12, 2>("avx512", 192);
+  return &kernels;
+}
+
+const ScreenKernels* screen_bytes_avx512() {
+  static constexpr ScreenKernels kernels = byte_kernels<Vec, 12, 2>("avx512 bytes", 192);
   return &kernels;
 }
 

@@ -80,6 +80,12 @@ void quantize_integers(const float* x, int64_t d, int64_t pairs, bool rounded, u
   *stats = {inv, 0.5f * (rounded ? rounded_squares : squares), norm * kUp + kTiny, __builtin_sqrtf(rest) * kUp + 1e-7f * norm};
 }
 
+// Words of a packed row of d 16-bit numbers, a multiple of `Multiple`.
+template <int Multiple>
+int64_t words_of_pairs(int64_t d) {
+  return ((d + 1) / 2 + Multiple - 1) / Multiple * Multiple;
+}
+
 inline float from_bf16(uint32_t bits) {
   const uint32_t word = bits << 16;
   float value;
@@ -358,10 +364,11 @@ constexpr ScreenKernels integer_kernels(const char* name, int64_t left_rows) {
   return {name,
           MR,
           NV * V::kWidth,
-          1,
           true,
           left_rows,
           &prepare<V>,
+          &words_of_pairs<1>,
+          &quantize_integers<V>,
           &quantize_integers<V>,
           &put_interleaved<MR>,
           &put_interleaved<NV * V::kWidth>,

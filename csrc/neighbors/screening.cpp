@@ -24,11 +24,32 @@ const ScreenKernels& screen_kernels() {
   }
 }
 
+const ScreenKernels& coarse_kernels() {
+  switch (cpu_capability()) {
+    case CpuCapability::kAvx512:
+      return *screen_bytes_avx512();
+    case CpuCapability::kAvx2:
+      return *screen_bytes_avx2();
+    default:  // AMX has the rate of bytes in 16 bits; SSE2 cannot multiply bytes
+      return screen_kernels();
+  }
+}
+
 Rows::Rows(const at::Tensor& contiguous, int64_t d)
     : data_(contiguous.const_data_ptr()), type_(contiguous.scalar_type()), count_(d > 0 ? contiguous.numel() / d : 0), d_(d) {}
 
 Rows::Rows(const at::Tensor& contiguous, int64_t d, const int32_t* chosen, int64_t count)
     : data_(contiguous.const_data_ptr()), type_(contiguous.scalar_type()), count_(count), d_(d), chosen_(chosen) {}
+
+void Rows::measure() {
+  lengths_.resize(static_cast<size_t>(count_));
+  at::parallel_for(0, count_, std::max<int64_t>(1, 32768 / std::max<int64_t>(d_, 1)), [&](int64_t begin, int64_t end) {
+    std::vector<float> scratch(static_cast<size_t>(d_));
+    for (int64_t i = begin; i < end; ++i) lengths_[i] = length_of_row(get(i, scratch.data()), d_);
+  });
+}
+
+double Rows::length(int64_t i, const float* x) const { return lengths_.empty() ? length_of_row(x, d_) : lengths_[i]; }
 
 const float* Rows::get(int64_t i, float* scratch) const {
   if (chosen_ != nullptr) i = chosen_[i];
@@ -123,7 +144,7 @@ Frame frame_of(const Rows& rows, Metric metric, const Rows* others, bool whole) 
     const float top = largest_magnitude(x, d);
     if (top == kInfinity) continue;
     double weight = 1.0;
-    if (metric == Metric::kCosine) weight = top > 0.0f ? 1.0 / length_of_row(x, d) : 0.0;
+    if (metric == Metric::kCosine) weight = top > 0.0f ? 1.0 / rows.length(i, x) : 0.0;
     for (int64_t c = 0; c < d; ++c) sum[c] += weight * x[c];
     ++used;
   }
@@ -157,7 +178,7 @@ Packed::Packed(const ScreenKernels& kernels, Side side, int64_t capacity, int64_
     : kernels_(kernels),
       side_(side),
       panel_(side == Side::kLeft ? kernels.left_panel : kernels.right_panel),
-      pairs_(((d + 1) / 2 + kernels.pair_multiple - 1) / kernels.pair_multiple * kernels.pair_multiple),
+      pairs_(kernels.words(d)),
       capacity_((capacity + panel_ - 1) / panel_ * panel_) {
   words_ = at::empty({capacity_, pairs_}, at::kInt);
   stats_ = at::empty({4, capacity_}, at::kFloat);
@@ -177,27 +198,31 @@ void Packed::pad_row(int64_t slot, uint32_t* packed) const {
   std::fill(packed, packed + pairs_, 0u);
 }
 
-void Packed::pack_row(const Rows& rows, int64_t row, const Frame& frame, Metric metric, bool shifted, bool rounded,
-                      int64_t slot, float* scratch, uint32_t* packed) const {
+bool Packed::prepare(const Rows& rows, int64_t row, const Frame& frame, Metric metric, bool shifted, float* out) const {
   const int64_t d = rows.width();
-  const float* x = rows.get(row, scratch);
+  const float* x = rows.get(row, out);
   float scale = frame.scale;
   if (metric == Metric::kCosine) {
-    double length = length_of_row(x, d);
+    double length = rows.length(row, x);
     if (length > 1.0e30 || (length < 1.0e-30 && length > 0.0)) {  // 1 / length would leave float32's range
       const float first = length > 1.0 ? 0x1p-90f : 0x1p90f;
-      kernels_.prepare(x, d, first, nullptr, scratch);
-      x = scratch;
+      kernels_.prepare(x, d, first, nullptr, out);
+      x = out;
       length *= first;
     }
     scale = length > 0.0 ? static_cast<float>(1.0 / length) : 0.0f;
   } else if (metric == Metric::kDot && !shifted) {  // a query's scale does not change the order of its similarities
     scale = scale_of_row(x, d);
   }
-  if (kernels_.prepare(x, d, scale, shifted ? frame.centre.data() : nullptr, scratch) == kInfinity)
-    return pad_row(slot, packed);
+  return kernels_.prepare(x, d, scale, shifted ? frame.centre.data() : nullptr, out) < kInfinity;
+}
+
+void Packed::pack_row(const Rows& rows, int64_t row, const Frame& frame, Metric metric, bool shifted, bool rounded,
+                      int64_t slot, float* scratch, uint32_t* packed) const {
+  const int64_t d = rows.width();
+  if (!prepare(rows, row, frame, metric, shifted, scratch)) return pad_row(slot, packed);
   RowStats s;
-  kernels_.quantize(scratch, d, pairs_, rounded, packed, &s);
+  (side_ == Side::kLeft ? kernels_.quantize_left : kernels_.quantize_right)(scratch, d, pairs_, rounded, packed, &s);
   const StatsView view = stats(slot);
   view.inv[0] = s.inv;
   view.half[0] = metric == Metric::kL2 ? s.half : 0.0f;

@@ -12,6 +12,9 @@ namespace planmill {
 // The kernels of the instruction set in use (common/cpu_capability.h).
 const ScreenKernels& screen_kernels();
 
+// The 8-bit kernels of the instruction set in use; the same as screen_kernels() where it has none.
+const ScreenKernels& coarse_kernels();
+
 // The rows of a contiguous float32, bfloat16 or float16 matrix; or those of its rows that `chosen` [count] names.
 class Rows {
  public:
@@ -24,7 +27,13 @@ class Rows {
   // Asks the caches for row i.
   void fetch(int64_t i) const;
 
+  // Computes the Euclidean lengths of all rows, in double; `length` then looks them up.
+  void measure();
+  // The length of row i, which is x.
+  double length(int64_t i, const float* x) const;
+
  private:
+  std::vector<double> lengths_;
   const void* data_;
   at::ScalarType type_;
   int64_t count_, d_;
@@ -67,6 +76,9 @@ class Packed {
   // Returns false if a row is too long for the frame; the frame must then be made from all rows.
   bool pack(const Rows& rows, int64_t begin, int64_t count, const Frame& frame, Metric metric, bool shifted, bool rounded,
             int64_t at);
+
+  // Row `row` as it is before it is rounded, in `out` [d]; false if it holds NaN or infinity.
+  bool prepare(const Rows& rows, int64_t row, const Frame& frame, Metric metric, bool shifted, float* out) const;
 
   int64_t padded(int64_t rows) const { return round_up(rows, panel_); }
   int64_t panels(int64_t rows) const { return padded(rows) / panel_; }

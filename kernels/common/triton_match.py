@@ -76,18 +76,30 @@ def bounds(y: Encoded, segments: int) -> tuple[torch.Tensor, torch.Tensor, int]:
     return y.length.amax(0, keepdim=True), y.residual.amax(0, keepdim=True), 0
 
 
+def encode_database(match: Match) -> tuple[Frame, Encoded]:
+    """The database as `match_segments` searches it."""
+    database = as_images(match.database)
+    frame = choose_frame(database, centred=not match.dot)
+    split = match.exact and match.rows.dtype == torch.float32
+    return frame, encode(database, frame, split=split, norms=not match.dot)
+
+
 def match_segments(
-    match: Match, out: torch.Tensor, out_where: torch.Tensor | None, *, equal_segments: bool = True
+    match: Match,
+    out: torch.Tensor,
+    out_where: torch.Tensor | None,
+    *,
+    equal_segments: bool = True,
+    encoded: tuple[Frame, Encoded] | None = None,
 ) -> None:
     """Write distances (or inner products) [N * P, S] to `out`, rows of the database to `out_where`.
 
+    `encoded`: what `encode_database` returned, where a database is searched more than once.
     Segment j has no entry for image i = j of a symmetric search: `out` is not written there.
     """
-    rows, database = as_images(match.rows), as_images(match.database)
-    frame = choose_frame(database, centred=not match.dot)
-    split = match.exact and rows.dtype == torch.float32
-    y = encode(database, frame, split=split, norms=not match.dot)
-    x = y if match.symmetric else encode(rows, frame, split=split, norms=not match.dot)
+    rows = as_images(match.rows)
+    frame, y = encoded or encode_database(match)
+    x = y if match.symmetric else encode(rows, frame, split=y.split, norms=not match.dot)
     patches = rows.shape[1]
     row_tiles = triton.cdiv(patches, BLOCK_M)
     # Without a radius and with few programs, the columns are split too; a symmetric search has enough pairs.

@@ -60,7 +60,7 @@ Side make(const ScreenKernels& k, bool left, int64_t rows, int64_t d, int64_t pa
       for (const float v : prepared) largest = std::max(largest, std::fabs(v));
       expect(top == largest, "prepare", d, variant);
       RowStats stats;
-      k.quantize(prepared.data(), d, pairs, false, row, &stats);
+      (left ? k.quantize_left : k.quantize_right)(prepared.data(), d, pairs, false, row, &stats);
       s.inv[i] = stats.inv, s.half[i] = stats.half, s.norm[i] = stats.norm, s.res[i] = stats.res;
     }
     if (i % panel == panel - 1)
@@ -76,7 +76,7 @@ double dot(const float* a, const float* b, int64_t d) {
 }
 
 void check(const ScreenKernels& k, int64_t rows, int64_t columns, int64_t d, int variant) {
-  const int64_t pairs = ((d + 1) / 2 + k.pair_multiple - 1) / k.pair_multiple * k.pair_multiple;
+  const int64_t pairs = k.words(d);
   Side a = make(k, true, rows, d, pairs, variant), b = make(k, false, columns, d, pairs, variant);
   const int64_t ld = static_cast<int64_t>(b.half.size()), padded = static_cast<int64_t>(a.half.size());
   std::vector<float> raw(padded * ld, NAN), bounded, low_left(rows, -3e38f), low_right(ld, -3e38f);

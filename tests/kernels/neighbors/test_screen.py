@@ -8,8 +8,9 @@ import pytest
 from planmill import kernels
 
 ROOT = Path(__file__).parents[3]
-NATIVE = [level for level in ("baseline", "avx2", "avx512", "amx") if level in kernels.cpu_capabilities()]
-EMULATED = ["avx512", "amx"]
+LEVELS = ("baseline", "avx2", "avx512", "amx", "bytes_avx2", "bytes_avx512")
+NATIVE = [level for level in LEVELS if level.removeprefix("bytes_") in kernels.cpu_capabilities()]
+EMULATED = ["avx512", "amx", "bytes_avx512"]
 
 
 @pytest.mark.parametrize(
@@ -21,7 +22,8 @@ def test_bounds_hold_and_no_best_row_is_missed(level: str, emulated: bool, tmp_p
     program = tmp_path / "check"
     command = ["g++", "-O2", "-std=c++20", "-fno-math-errno", f"-I{ROOT / 'csrc'}", f"-DKERNELS=screen_{level}"]
     command += ["-DPLANMILL_EMULATE"] * emulated
-    sources = [Path(__file__).with_name("screen_check.cpp"), ROOT / "csrc" / "neighbors" / f"screen_{level}.cpp"]
+    source = ROOT / "csrc" / "neighbors" / f"screen_{level.removeprefix('bytes_')}.cpp"
+    sources = [Path(__file__).with_name("screen_check.cpp"), source]
     subprocess.run([*command, *map(str, sources), "-o", str(program)], check=True)
     result = subprocess.run([str(program)], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout
