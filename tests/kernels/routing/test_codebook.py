@@ -69,7 +69,7 @@ def test_published_state_dicts_load() -> None:
     book = GroupedCodebook(36, 30, 3, 2)
     book.load_state_dict(grouped)
     x = inputs(7, 36)
-    want = torch.cat([published(book.codebook[g], x[:, 12 * g : 12 * g + 12]) for g in range(3)], 1)  # type: ignore[arg-type]
+    want = torch.cat([published(book.codebook[g], x[:, 12 * g : 12 * g + 12]) for g in range(3)], 1)
     torch.testing.assert_close(book(x).double(), want, atol=1e-5, rtol=1e-5)
 
 
