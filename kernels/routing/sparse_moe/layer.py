@@ -5,9 +5,9 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from planmill.kernels.routing.expert_mixture import mix_experts
+from planmill.kernels.routing.router_logits import score_experts
 from planmill.kernels.routing.sparse_moe import convert
 from planmill.kernels.routing.sparse_moe.layouts import read_layout
 from planmill.kernels.routing.token_routing import expert_capacity, route_tokens
@@ -164,10 +164,8 @@ class SparseMoE(nn.Module):
 
     def score(self, rows: torch.Tensor) -> torch.Tensor:
         """Logits [T, E] of the router, in the dtype of `rows` or float32."""
-        gate = self.gate
-        if self.router_dtype == "model" or rows.dtype is torch.float32:
-            return F.linear(rows, gate.weight, gate.bias)
-        return F.linear(rows.float(), gate.weight.float(), None if gate.bias is None else gate.bias.float())
+        logits = score_experts(rows, self.gate.weight, self.gate.bias)
+        return logits.to(rows.dtype) if self.router_dtype == "model" else logits
 
     def limits(self, tokens: int) -> dict[str, Any]:
         """The capacity arguments of `route_tokens` for so many tokens."""
@@ -185,7 +183,7 @@ class SparseMoE(nn.Module):
         if self.shared_expert_gate is None:
             weights = torch.ones(rows.shape[0], 1, dtype=torch.float32, device=rows.device)
         else:
-            weights = F.linear(rows, self.shared_expert_gate.weight).float().sigmoid()
+            weights = score_experts(rows, self.shared_expert_gate.weight).sigmoid()
         return self.shared_expert(rows, indices, weights, self.activation)
 
     def extra_repr(self) -> str:
