@@ -266,7 +266,7 @@ std::tuple<at::Tensor, at::Tensor> knn(const at::Tensor& queries, const at::Tens
     for (int64_t i = 0; i < n; ++i) write_row({}, k, kind, value + i * k, index + i * k);
     return {values, indices};
   }
-  if (kind == Metric::kCosine) right.measure(), left.measure();
+  if (kind == Metric::kCosine && n > 2) right.measure(), left.measure();  // for fewer, while the rows are read
   const Query q{left, right, k, kind, metric == "l2sq", exclude_self, screen_kernels()};
   if (n < kFewQueries || static_cast<double>(n) * static_cast<double>(m) * static_cast<double>(d) <= kPlainWork)
     scan_database(q, value, index);
