@@ -37,6 +37,7 @@ class StaticKernel:
         scalars: types of scalar arguments other than "i32".
         constants: values of the constexpr arguments, and of arguments that specialise to a constant (a unit stride).
         tensor_core: a product in half precision is in the kernel.
+        aligned: scalars that divide by 16, as they specialise at the call; strides do in any case.
     """
 
     kernel: Any
@@ -47,6 +48,7 @@ class StaticKernel:
     num_stages: int = 3
     tensor_core: bool = False
     targets: tuple[int, ...] = TARGETS
+    aligned: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -127,7 +129,7 @@ def compile_kernel(static: StaticKernel, arch: int) -> Any:
             attributes[(index,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = static.scalars.get(name, "i32")
-            if "stride" in name or name == "channels":  # as a width that divides by 16 specialises at the call
+            if "stride" in name or name == "channels" or name in static.aligned:
                 attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(static.kernel, signature, constexprs=static.constants, attrs=attributes)
     options = {"num_warps": static.num_warps, "num_stages": static.num_stages}

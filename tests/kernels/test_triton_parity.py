@@ -1,6 +1,7 @@
 """Every Triton launcher against the float64 reference, on the shared cases; new ops are found through the registry.
 
-Without a GPU the kernels run in Triton's interpreter, through the same launcher. With `--device cuda` the tests marked
+Without a GPU the kernels run in Triton's interpreter, through the same launcher; CUDA C++ that a launcher calls runs on
+the host, compiled from the source that ships. With `--device cuda` the tests marked
 gpu run the same cases on the device, in every dtype, and twice, for equal bits.
 """
 
@@ -134,7 +135,7 @@ def check_outputs(spec: OpSpec, args: tuple, got: tuple) -> None:
 @pytest.mark.skipif(
     torch.cuda.is_available(), reason="the kernels were compiled for the device: run with --device cuda"
 )
-@pytest.mark.usefixtures("interpreter", "poisoned")
+@pytest.mark.usefixtures("interpreter", "cuda_on_the_host", "poisoned")
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize(("spec", "case", "dtype"), combinations())
 def test_interpreted(spec: OpSpec, case: Case, dtype: torch.dtype) -> None:

@@ -23,6 +23,7 @@ SPEC = OpSpec(
     tolerances={torch.float32: (1e-5, 1e-5), torch.bfloat16: (8e-3, 8e-3), torch.float16: (2e-3, 2e-3)},
     backward=backward,
     cpu="C++",
+    cuda="_triton:launch",
 )
 _op, _call = register(SPEC)
 

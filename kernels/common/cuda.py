@@ -1,0 +1,63 @@
+"""CUDA C++ from csrc/cuda: compiled by NVRTC through CuPy at the first call, launched on torch's current stream.
+
+A kernel is held per device; CuPy keeps the compiled binary on disk, keyed by the source's hash. Nothing waits for the
+device, so that a launch after the first can be captured in a CUDA graph. Sources are package data: `planmill/csrc/cuda`
+beside this package where it is installed, `csrc/cuda` where it is a checkout.
+"""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from planmill.errors import PlanmillError
+
+SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
+SHARED_BYTES = 48 << 10  # that a block gets without asking
+
+
+@functools.cache
+def compiled(source: str, kernel: str, device: int) -> Any:
+    """The kernel `kernel` of `source`, a path below csrc/cuda, on the device of that index.
+
+    Raises:
+        PlanmillError: CuPy is not installed.
+    """
+    try:
+        import cupy
+    except ModuleNotFoundError as error:
+        if error.name != "cupy":
+            raise
+        message = f"{kernel}: a CUDA C++ kernel needs CuPy, which is not installed (pip install 'planmill[gpu]')"
+        raise PlanmillError(message) from None
+    options = ("--std=c++17", f"--include-path={SOURCES.parent}")
+    with cupy.cuda.Device(device):
+        return cupy.RawModule(code=(SOURCES / source).read_text(), options=options).get_function(kernel)
+
+
+def launch(source: str, kernel: str, grid: int, threads: int, shared: int, *args: torch.Tensor | int) -> None:
+    """Launch a kernel on the current stream of its tensors' device.
+
+    Args:
+        source: path below csrc/cuda.
+        kernel: its name, `extern "C"`.
+        grid: number of blocks.
+        threads: threads of a block.
+        shared: bytes of dynamic shared memory of a block.
+        args: tensors of one device, passed as pointers, and integers, passed as int; the first is a tensor.
+
+    Raises:
+        PlanmillError: CuPy is not installed.
+    """
+    device = args[0].device.index  # type: ignore[union-attr]
+    function = compiled(source, kernel, device)
+    import cupy
+
+    packed = tuple(np.uint64(a.data_ptr()) if isinstance(a, torch.Tensor) else np.int32(a) for a in args)
+    stream = cupy.cuda.Stream.from_external(torch.cuda.current_stream(device))
+    with cupy.cuda.Device(device), stream:
+        if shared > SHARED_BYTES:
+            function.max_dynamic_shared_size_bytes = shared
+        function((grid,), (threads,), packed, shared_mem=shared)

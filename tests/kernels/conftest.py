@@ -1,0 +1,53 @@
+"""CUDA C++ sources on the host: compiled by g++ behind common/cuda_emulation.h and called as the launcher calls them."""
+
+import ctypes
+import functools
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from planmill.kernels.common import cuda
+
+EMULATION = Path(__file__).parent / "common" / "cuda_emulation.h"
+PROGRAM = """
+#include "{emulation}"
+#include "{source}"
+extern "C" int emulate(unsigned grid, unsigned threads, size_t shared, void* const* args) {{
+  return emulated::launch({kernel}, grid, threads, shared, args);
+}}
+"""
+
+Launch = Callable[..., None]
+
+
+@pytest.fixture(scope="session")
+def host_launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
+    """Stands in for `cuda.launch`, with tensors of the CPU: same arguments, same source."""
+    folder = tmp_path_factory.mktemp("cuda")
+
+    @functools.cache
+    def build(source: str, kernel: str) -> ctypes.CDLL:
+        program, library = folder / f"{kernel}.cpp", folder / f"{kernel}.so"
+        program.write_text(PROGRAM.format(emulation=EMULATION, source=cuda.SOURCES / source, kernel=kernel))
+        flags = ["-O1", "-std=c++20", "-Wall", "-pthread", "-fPIC", "-shared", f"-I{cuda.SOURCES.parent}"]
+        subprocess.run(["g++", *flags, str(program), "-o", str(library)], check=True)
+        return ctypes.CDLL(str(library))
+
+    def launch(source: str, kernel: str, grid: int, threads: int, shared: int, *args: torch.Tensor | int) -> None:
+        values: list[ctypes.c_void_p | ctypes.c_int] = []
+        for a in args:
+            values.append(ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else ctypes.c_int(a))
+        pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+        failed = build(source, kernel).emulate(grid, threads, ctypes.c_size_t(shared), pointers)
+        assert not failed, f"{kernel}: {('', 'stores past the shared memory it asked for', 'cannot be launched')[failed]}"
+
+    return launch
+
+
+@pytest.fixture
+def cuda_on_the_host(monkeypatch: pytest.MonkeyPatch, host_launch: Launch) -> None:
+    """Launchers that call CUDA C++ run it on the host."""
+    monkeypatch.setattr(cuda, "launch", host_launch)
