@@ -1,4 +1,4 @@
-"""CUDA C++ sources on the host: compiled by g++ behind common/cuda_emulation.h and called as the launcher calls them."""
+"""CUDA C++ on the host: compiled by g++ behind common/cuda_emulation.h and called as the launcher calls it."""
 
 import ctypes
 import functools
@@ -37,12 +37,12 @@ def host_launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
         return ctypes.CDLL(str(library))
 
     def launch(source: str, kernel: str, grid: int, threads: int, shared: int, *args: torch.Tensor | int) -> None:
-        values: list[ctypes.c_void_p | ctypes.c_int] = []
-        for a in args:
-            values.append(ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else ctypes.c_int(a))
+        values = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else ctypes.c_int(a) for a in args]
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
         failed = build(source, kernel).emulate(grid, threads, ctypes.c_size_t(shared), pointers)
-        assert not failed, f"{kernel}: {('', 'stores past the shared memory it asked for', 'cannot be launched')[failed]}"
+        assert not failed, (
+            f"{kernel}: {('', 'stores past the shared memory it asked for', 'cannot be launched')[failed]}"
+        )
 
     return launch
 

@@ -116,7 +116,10 @@ def compare(spec: OpSpec, dtype: torch.dtype, args: tuple, got: tuple, want: tup
     exact = "exact" not in names or args[names.index("exact")]
     atol, rtol = spec.tolerances[dtype] if exact else (SCREENED, SCREENED)
     if interpreted and got[0].dtype == torch.bfloat16:
-        atol, rtol = 2.0**-8, 2.0**-7  # the interpreter truncates float32 to bfloat16 (triton 3.9); the hardware rounds
+        atol, rtol = (
+            max(atol, 2.0**-8),
+            max(rtol, 2.0**-7),
+        )  # the interpreter truncates float32 to bfloat16 (triton 3.9); the hardware rounds
     if spec.compare is not None:
         spec.compare(args, got, want, atol, rtol)
         return

@@ -1,8 +1,8 @@
-"""Sparse mixture of experts on the GPU in four launches; nothing waits for the device, and all sizes follow from shapes.
+"""Sparse mixture of experts on the GPU in four launches; nothing waits for the device, all sizes follow from shapes.
 
 1. `sort_experts` (CUDA C++): rows sorted by expert, in blocks of one expert each.
-2. `up_kernel`: gathers tokens as it loads them, multiplies with gate and up in one program, and stores act(gate) * up in
-   the dtype of x (as any product in 16 bits takes it: beyond 65504 a float16 hidden value is infinite).
+2. `up_kernel`: gathers tokens as it loads them, multiplies with gate and up in one program, and stores act(gate) * up
+   in the dtype of x (as any product in 16 bits takes it: beyond 65504 a float16 hidden value is infinite).
 3. `down_kernel`: the second product; every row is written where it stood before sorting, in float32, by one program.
 4. `combine_kernel`: the sum over a token's experts, in order. No atomics: equal inputs give equal bits.
 
@@ -11,7 +11,7 @@ weights fill the tensor cores' 64 lines, and, where there are fewer programs tha
 channels split into parts that step 4 adds in order. Block size and splits follow from the number of tokens, so another
 batch size may change last bits; the other tokens' values never do.
 
-Workspace: T * k rows of F (in whole blocks) in the dtype of x, splits * T * k rows of D_out in float32, and the row lists.
+Workspace: T * k rows of F (in whole blocks) in the dtype of x, splits * T * k rows of D_out in float32, row lists.
 """
 
 from dataclasses import dataclass
@@ -31,23 +31,35 @@ SHORTEST_RUN = 256  # hidden channels of a split, at least
 
 @dataclass(frozen=True)
 class Tile:
-    """Choices of a product: `lines` rows of weights and `depth` channels in a step, gate and up counted together."""
+    """Choices of a product: columns with a gate (and as many that it multiplies) and without, channels of a step."""
 
-    lines: int
+    gated: int
+    plain: int
     depth: int
     warps: int
     stages: int
     swap: bool
 
 
-# By rows of a block. 16 bits: the tensor cores; float32: the ordinary units, which share one precision with the CPU.
-HALF = {
-    16: Tile(128, 128, 4, 3, swap=True),
-    32: Tile(128, 64, 4, 4, swap=True),
-    64: Tile(128, 64, 4, 3, swap=False),
-    128: Tile(256, 64, 8, 3, swap=False),
+# By rows of a block. sm_90 multiplies from shared memory; elsewhere operands pass through registers, and wider tiles
+# spill. float32 goes through the ordinary units, whose precision is the CPU's.
+HOPPER = {
+    16: Tile(64, 64, 128, 4, 3, swap=True),
+    32: Tile(64, 64, 64, 4, 4, swap=True),
+    64: Tile(64, 128, 64, 4, 3, swap=False),
+    128: Tile(128, 128, 64, 8, 3, swap=False),
 }
-FULL = {16: Tile(64, 64, 4, 3, swap=True), 32: Tile(64, 32, 4, 3, swap=True), 64: Tile(64, 32, 4, 3, swap=False)}
+HALF = {
+    16: Tile(64, 64, 64, 4, 4, swap=True),
+    32: Tile(64, 64, 64, 4, 4, swap=True),
+    64: Tile(64, 64, 64, 4, 3, swap=False),
+    128: Tile(64, 128, 64, 8, 3, swap=False),
+}
+FULL = {
+    16: Tile(32, 32, 64, 4, 3, swap=True),
+    32: Tile(32, 32, 32, 4, 3, swap=True),
+    64: Tile(32, 64, 32, 8, 3, swap=False),
+}
 
 
 def rows_of_block(rows: int, experts: int, dtype: torch.dtype) -> int:
@@ -64,8 +76,8 @@ def shared_limit(capability: int) -> int:
 def choose_tile(dtype: torch.dtype, size: int, gated: bool, capability: int) -> tuple[dict, dict]:
     """(constexpr arguments, launch options) of a product with blocks of `size` rows."""
     full = dtype == torch.float32
-    tile = (FULL if full else HALF)[size]
-    columns = tile.lines // 2 if gated or tile.swap else min(tile.lines, 128)  # 256 spill
+    tile = (FULL if full else HOPPER if capability == 90 else HALF)[size]
+    columns = tile.gated if gated else tile.plain
     step = (size + columns * (1 + gated)) * tile.depth * (4 if full else 2)
     stages = max(1, min(tile.stages, (shared_limit(capability) - 2048) // step))
     constants = {"SWAP": tile.swap, "GROUP": GROUP, "BLOCK_M": size, "BLOCK_N": columns, "BLOCK_K": tile.depth}
@@ -73,7 +85,7 @@ def choose_tile(dtype: torch.dtype, size: int, gated: bool, capability: int) -> 
 
 
 def split_hidden(blocks: int, tiles: int, hidden: int, depth: int, wanted: int) -> tuple[int, int]:
-    """(splits, hidden channels of a split, a multiple of `depth`) so that `wanted` programs or more run, if they can."""
+    """(splits, hidden channels of a split, a multiple of `depth`) so that about `wanted` programs run."""
     most = max(1, hidden // max(depth, SHORTEST_RUN))
     splits = min(most, max(1, wanted // max(1, blocks * tiles)))
     run = triton.cdiv(triton.cdiv(max(hidden, 1), splits), depth) * depth
@@ -141,7 +153,7 @@ def launch(
 
 
 def _static() -> list[StaticKernel]:
-    """Every block size in half precision, gated and not, with and without a remainder; float32; both forms of the sum."""
+    """Every block size in half precision, gated and not, with a remainder and without; float32; both sums."""
     made = []
     lists = {"row_ptr": "*i32", "expert_ptr": "*i32", "count_ptr": "*i32", "weight_ptr": "*fp32"}
     for name, dtype, size, gated, even in (

@@ -67,7 +67,7 @@ def up_kernel(
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, SCALE: tl.constexpr, SWAP: tl.constexpr,
     EVEN_K: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out[place, f] = act(gate) * up, or act(up), of the row at each place of a block; SCALE: of its token times weight."""
+    """out[place, f] = act(gate) * up, or act(up), of the row at each place of a block; SCALE: token times weight."""
     count = tl.load(count_ptr)
     block, tile = place(tl.program_id(0), count, tiles, GROUP)
     if block >= count:
@@ -122,7 +122,7 @@ def down_kernel(
     BIAS: tl.constexpr, SWAP: tl.constexpr, EVEN_K: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out[split, row, o] = down h (+ bias in split 0) over `run` hidden channels; rows in their order before sorting."""
+    """out[split, row, o] = down h (+ bias in split 0) over `run` hidden channels; rows as before sorting."""
     count = tl.load(count_ptr)
     block, tile = place(tl.program_id(0), count, tiles, GROUP)
     if block >= count:
@@ -165,7 +165,7 @@ def combine_kernel(
     part_ptr, index_ptr, weight_ptr, out_ptr, fanout, experts, columns, splits, rows,
     SCALE: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """out[t] = sum over j, in order, of (weights[t, j], where SCALE) * the sum over splits of part[split, t * k + j]."""
+    """out[t] = sum over j, in order, of (weights[t, j] where SCALE) * the sum over splits of part[split, t k + j]."""
     token = tl.program_id(0)
     o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < columns

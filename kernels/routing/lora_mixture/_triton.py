@@ -105,6 +105,7 @@ def _static() -> list[StaticKernel]:
                 {**constants, "BIAS": True, "EVEN_K": True, "stride_xc": 1, "stride_wc": 1},
                 tensor_core=dtype != torch.float32,
                 targets=PRODUCT_TARGETS,
+                aligned=(),
                 **options,
             )
         )
