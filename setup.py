@@ -4,11 +4,12 @@ import os
 import shutil
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import find_namespace_packages, find_packages, setup
 from setuptools.command.editable_wheel import editable_wheel
 
 ROOT = Path(__file__).parent
 PACKAGE_DIR = {"planmill": "planmill", "planmill.kernels": "kernels", "planmill.engine": "engine"}
+CUDA = "planmill.csrc.cuda"
 
 
 def packages() -> list[str]:
@@ -16,7 +17,8 @@ def packages() -> list[str]:
     found = []
     for name, folder in PACKAGE_DIR.items():
         found += [name, *(f"{name}.{sub}" for sub in find_packages(folder))]
-    return found
+    # CUDA C++ is compiled where it runs: its folders are installed as they are (kernels/common/cuda.py).
+    return [*found, *(f"{CUDA}.{sub}" for sub in find_namespace_packages("csrc/cuda"))]
 
 
 def extensions() -> tuple[list, dict]:
@@ -62,8 +64,8 @@ class EditableWheel(editable_wheel):
 ext_modules, build_commands = extensions()
 setup(
     packages=packages(),
-    package_dir=PACKAGE_DIR,
-    package_data={"": ["configs/*.json", "*.html", "*.css", "py.typed"]},
+    package_dir={**PACKAGE_DIR, CUDA: "csrc/cuda"},
+    package_data={"": ["configs/*.json", "*.cu", "*.html", "*.css", "py.typed"]},
     ext_modules=ext_modules,
     cmdclass={**build_commands, "editable_wheel": EditableWheel},
 )

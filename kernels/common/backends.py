@@ -16,7 +16,8 @@ class Choice:
     Attributes:
         op: the op's name.
         device: "cpu" or "cuda".
-        backend: "reference", "C++ (<instruction set>)", "numba", "Triton" or "CUDA C++".
+        backend: "reference", "C++ (<instruction set>)", "numba", "Triton", "CUDA C++" or
+            "Triton and CUDA C++".
         missing: one reason per faster backend that will not run; empty when the fastest runs.
     """
 
@@ -67,14 +68,21 @@ def _on_cpu(spec: OpSpec) -> Choice:
     return Choice(spec.name, "cpu", f"C++ ({cpu.LEVELS[level]})", missing)
 
 
+def _installed(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
+
+
 def _on_cuda(spec: OpSpec) -> Choice:
     if spec.cuda is None:
         return Choice(spec.name, "cuda", "reference", (spec.no_kernel or "no GPU kernel: the reference is enough",))
     triton = spec.cuda.startswith("_triton")
-    backend, needs = ("Triton", "triton") if triton else ("CUDA C++", "cupy")
+    backend, needs = ("Triton", ["triton"]) if triton else ("CUDA C++", ["cupy"])
     if not torch.cuda.is_available():
         why = "torch was built without CUDA" if torch.version.cuda is None else "torch finds no GPU"
         return Choice(spec.name, "cuda", "none", (f"no GPU: {why}",))
-    if importlib.util.find_spec(needs) is None:
-        return Choice(spec.name, "cuda", "none", (f"{needs} is not installed (pip install 'planmill[gpu]')",))
+    if triton and importlib.util.find_spec(f"{spec.package}._cuda") is not None:
+        backend, needs = "Triton and CUDA C++", [*needs, "cupy"]
+    absent = [f"{name} is not installed (pip install 'planmill[gpu]')" for name in needs if not _installed(name)]
+    if absent:
+        return Choice(spec.name, "cuda", "none", tuple(absent))
     return Choice(spec.name, "cuda", backend)

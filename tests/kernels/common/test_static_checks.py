@@ -117,6 +117,8 @@ def test_nvrtc_reads_a_good_and_a_bad_kernel() -> None:
 
 
 def test_every_cuda_source() -> None:
+    assert SOURCES
     for source in SOURCES:
         facts = nvrtc_checks.check_source(source.read_text(), source.name, (source.parent, ROOT / "csrc"))
         assert facts.problems(tensor_core=False, shared_limit=SHARED_LIMIT[90]) == []
+        assert facts.registers <= 64, "a block of 1024 threads does not fit the register file"
