@@ -60,7 +60,8 @@ class Goal:
 
     Args:
         kind: "ratio" (peer p50 / ours p50, at least), "error" (max_error, at most), "memory" (extra_bytes, at most),
-            "time" (p50_ms, at most) or "gemm" (flops_per_s as a share of gemm_flops_per_s, at least).
+            "time" (p50_ms, at most), "gemm" (flops_per_s as a share of gemm_flops_per_s, at least) or "copy"
+            (bytes_per_s as a share of copy_bytes_per_s, at least).
         value: the number asked for.
         peer: of a ratio: the name of the peer, or None for each of them.
         dtype: the dtype that it is asked for, or None for each of the case's.
@@ -68,7 +69,7 @@ class Goal:
         device: the kind of device that it is asked of.
     """
 
-    kind: Literal["ratio", "error", "memory", "time", "gemm"]
+    kind: Literal["ratio", "error", "memory", "time", "gemm", "copy"]
     value: float
     peer: str | None = None
     dtype: torch.dtype | None = None

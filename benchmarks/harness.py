@@ -213,8 +213,9 @@ def _time(run: Run, session: Session) -> tuple[dict[str, list[float]], dict[str,
 def judge(goal: Goal, row: Row, run: Run, settings: Settings) -> dict[str, Any]:
     """Asked beside reached. `met` is None where the goal is not asked of this run; `reason` then says why."""
     reached: float | None
-    if goal.kind == "gemm":
-        rate, ceiling = row["flops_per_s"], row["gemm_flops_per_s"]
+    if goal.kind in ("gemm", "copy"):
+        rates = ("flops_per_s", "gemm_flops_per_s") if goal.kind == "gemm" else ("bytes_per_s", "copy_bytes_per_s")
+        rate, ceiling = (row[name] for name in rates)
         reached = rate / ceiling if rate and ceiling else None
     else:
         names = {"ratio": "ratio", "error": "max_error", "memory": "extra_bytes", "time": "p50_ms"}

@@ -44,7 +44,9 @@ def amount(kind: str, value: float | None) -> str:
         return size(value)
     if kind == "time":
         return f"{number(value)} ms" if value >= 0.1 else f"{number(value * 1e3)} us"
-    return f"{100 * value:.0f} % of GEMM" if kind == "gemm" else f"{value:.2g}"
+    if kind in ("gemm", "copy"):
+        return f"{100 * value:.0f} % of {'GEMM' if kind == 'gemm' else 'a copy'}"
+    return f"{value:.2g}"
 
 
 def asked(kind: str, value: float) -> str:
@@ -142,6 +144,7 @@ _KINDS = {
     "memory": "extra memory",
     "time": "time of a call",
     "gemm": "FLOP/s",
+    "copy": "bytes/s",
 }
 
 

@@ -72,7 +72,8 @@ def rows_of(case: Any, **settings: Any) -> list[dict[str, Any]]:
 def timed(ours_ms: float, peer_ms: float, **changes: Any) -> Any:
     """A case whose calls say themselves how long they took."""
     peers = {"it": Peer(lambda: lambda: peer_ms, yardstick=True)}
-    changes = {"make": lambda draw: (), "peers": peers, "check": None, "flops": lambda: 6e6, **changes}
+    changes = {"make": lambda draw: (), "peers": peers, "check": None, "flops": lambda: 6e6,
+               "bytes": lambda: 5e6, **changes}  # fmt: skip
     return doubling(abs, ours=lambda: ours_ms, reports_ms=True, **changes)
 
 
@@ -122,6 +123,8 @@ def test_ratio_rates_and_quantiles() -> None:
         (Goal("time", 1.9), 2.0, False),
         (Goal("gemm", 0.03), 0.03, True),
         (Goal("gemm", 0.04), 0.03, False),
+        (Goal("copy", 0.2), 0.25, True),
+        (Goal("copy", 0.3), 0.25, False),
         (Goal("memory", 1.0), None, None),
     ],
     ids=lambda value: f"{value.kind}-{value.value}" if hasattr(value, "kind") else "",
