@@ -94,7 +94,7 @@ def test_no_data_race(tmp_path: Path) -> None:
     subprocess.run(["g++", *flags, str(source), "-o", str(program)], check=True)
     result = subprocess.run([str(program)], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr[:4000]
-    assert "24 routings sorted" in result.stdout
+    assert "12 routings sorted" in result.stdout
 
 
 def check_launch(args: tuple, dtype: torch.dtype) -> None:
