@@ -29,13 +29,13 @@ check: $(STAMP)
 	$(BIN)/mypy
 
 bench: $(STAMP)
-	$(BIN)/planmill bench neighbors
+	$(BIN)/planmill bench
 
 # On a machine with a CUDA device, in the Python that holds torch: the same tests on the device, then the rows.
 gpu:
 	$(PYTHON) -m pip install -q --no-build-isolation --no-deps -e .
 	$(PYTHON) -m pytest -m gpu --device cuda tests/kernels/test_triton_parity.py
-	for family in neighbors routing; do $(PYTHON) -m planmill.cli bench $$family --device cuda || exit 1; done
+	for family in neighbors routing moments; do $(PYTHON) -m planmill.cli bench $$family --device cuda || exit 1; done
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -1,4 +1,7 @@
-"""The README's table of measured ratios, from the newest rows in results/; `python benchmarks/readme.py` writes it."""
+"""The README's table of measured ratios, from the newest rows in results/; `python benchmarks/readme.py` writes it.
+
+It holds the ratios that an issue asks for; `planmill bench` and results/ have the others.
+"""
 
 import json
 from pathlib import Path
@@ -48,7 +51,7 @@ def time_asked(row: Row) -> str:
 def table(rows: list[Row]) -> str:
     """Markdown: the machine, the ratios, and the costs that have no ratio worth reading."""
     costs = {(row["op"], row["case"]): row for row in rows if row["op"] in COSTS}
-    rows = [row for row in rows if row["op"] not in COSTS]
+    rows = [row for row in rows if row["op"] not in COSTS and any(goal["kind"] == "ratio" for goal in row["goals"])]
     machines = sorted(
         {f"{row['versions']['cpu']}, {row['versions']['threads']} threads, {row['impl']}" for row in rows}
     )
