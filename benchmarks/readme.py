@@ -53,7 +53,11 @@ def table(rows: list[Row]) -> str:
     costs = {(row["op"], row["case"]): row for row in rows if row["op"] in COSTS}
     rows = [row for row in rows if row["op"] not in COSTS and any(goal["kind"] == "ratio" for goal in row["goals"])]
     machines = sorted(
-        {f"{row['versions']['cpu']}, {row['versions']['threads']} threads, {row['impl']}" for row in rows}
+        {
+            f"{row['versions']['cpu']}, {row['versions']['threads']} threads, {row['impl']}"
+            for row in rows
+            if "C++" in row["impl"]
+        }
     )
     lines = [f"Medians on {'; '.join(machines)}. Peers run in turns with ours in one process.", "", HEAD]
     lines += [
