@@ -12,6 +12,7 @@
 
 #include "neighbors/listing.h"
 #include "neighbors/scoring.h"
+#include "neighbors/shortlist.h"
 
 namespace planmill {
 namespace {
@@ -74,34 +75,7 @@ void Query::evaluate(const float* x, const int32_t* index, int64_t count, Neighb
   }
 }
 
-// The k nearest of a stream of neighbours: sorted and cut whenever the buffer is full.
-class Nearest {
- public:
-  explicit Nearest(int64_t k) : k_(static_cast<size_t>(k)) { kept_.reserve(2 * k_ + 64); }
-  void add(const Neighbor& neighbor) {
-    if (full_ && !(neighbor < worst_)) return;
-    kept_.push_back(neighbor);
-    if (kept_.size() == 2 * k_ + 64) cut();
-  }
-  void cut() {
-    if (kept_.size() <= k_) return;
-    std::nth_element(kept_.begin(), kept_.begin() + static_cast<int64_t>(k_) - 1, kept_.end());
-    kept_.resize(k_);
-    worst_ = kept_.back();
-    full_ = true;
-  }
-  std::vector<Neighbor>& sorted() {
-    cut();
-    std::sort(kept_.begin(), kept_.end());
-    return kept_;
-  }
-
- private:
-  size_t k_;
-  std::vector<Neighbor> kept_;
-  Neighbor worst_{kInfinity, 0};
-  bool full_ = false;
-};
+using Nearest = Best<Neighbor>;
 
 void write_row(const std::vector<Neighbor>& sorted, int64_t k, Metric metric, float* values, int32_t* indices) {
   for (int64_t j = 0; j < k; ++j) {
