@@ -16,4 +16,14 @@ void set_cpu_capability(CpuCapability level);
 // Why `level` cannot be used; "" when it can.
 const char* cpu_capability_reason(CpuCapability level);
 
+// The variant of some kernels for the level in use. Kernels that tile registers do not help have no variant for AMX.
+template <class Kernels>
+const Kernels& choose_kernels(const Kernels* baseline, const Kernels* avx2, const Kernels* avx512,
+                              const Kernels* amx = nullptr) {
+  const CpuCapability level = cpu_capability();
+  if (level == CpuCapability::kAmx && amx != nullptr) return *amx;
+  if (level >= CpuCapability::kAvx512) return *avx512;
+  return level == CpuCapability::kAvx2 ? *avx2 : *baseline;
+}
+
 }  // namespace planmill

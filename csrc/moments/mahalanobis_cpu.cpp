@@ -14,15 +14,7 @@ namespace planmill {
 namespace {
 
 const MahalanobisKernels& kernels_in_use() {
-  switch (cpu_capability()) {
-    case CpuCapability::kAmx:
-    case CpuCapability::kAvx512:
-      return *mahalanobis_avx512();
-    case CpuCapability::kAvx2:
-      return *mahalanobis_avx2();
-    default:
-      return *mahalanobis_baseline();
-  }
+  return choose_kernels(mahalanobis_baseline(), mahalanobis_avx2(), mahalanobis_avx512());
 }
 
 constexpr int64_t kVectors = 32;  // that a triangle is read for at a time

@@ -16,15 +16,7 @@ constexpr int64_t kBlocks = 4;  // blocks summed in float32 before the sum goes 
 }  // namespace
 
 const CovarianceKernels& covariance_kernels() {
-  switch (cpu_capability()) {
-    case CpuCapability::kAmx:
-    case CpuCapability::kAvx512:
-      return *covariance_avx512();
-    case CpuCapability::kAvx2:
-      return *covariance_avx2();
-    default:
-      return *covariance_baseline();
-  }
+  return choose_kernels(covariance_baseline(), covariance_avx2(), covariance_avx512());
 }
 
 ProductSums::ProductSums(const CovarianceKernels& kernels, int64_t d)

@@ -19,15 +19,7 @@ namespace planmill {
 namespace {
 
 const PoolingKernels& pooling_kernels() {
-  switch (cpu_capability()) {
-    case CpuCapability::kAmx:
-    case CpuCapability::kAvx512:
-      return *pooling_avx512();
-    case CpuCapability::kAvx2:
-      return *pooling_avx2();
-    default:
-      return *pooling_baseline();
-  }
+  return choose_kernels(pooling_baseline(), pooling_avx2(), pooling_avx512());
 }
 
 struct Mean {

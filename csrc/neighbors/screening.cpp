@@ -12,16 +12,7 @@
 namespace planmill {
 
 const ScreenKernels& screen_kernels() {
-  switch (cpu_capability()) {
-    case CpuCapability::kAmx:
-      return *screen_amx();
-    case CpuCapability::kAvx512:
-      return *screen_avx512();
-    case CpuCapability::kAvx2:
-      return *screen_avx2();
-    default:
-      return *screen_baseline();
-  }
+  return choose_kernels(screen_baseline(), screen_avx2(), screen_avx512(), screen_amx());
 }
 
 const ScreenKernels& coarse_kernels() {

@@ -34,16 +34,8 @@ constexpr double kPlainWork = 1 << 19;           // multiply-adds below which ot
 constexpr int64_t kTasksPerThread = 4;
 
 const ExpertMixtureKernels& kernels_in_use() {
-  switch (cpu_capability()) {
-    case CpuCapability::kAmx:
-      return *expert_mixture_amx();
-    case CpuCapability::kAvx512:
-      return *expert_mixture_avx512();
-    case CpuCapability::kAvx2:
-      return *expert_mixture_avx2();
-    default:
-      return *expert_mixture_baseline();
-  }
+  return choose_kernels(expert_mixture_baseline(), expert_mixture_avx2(),
+                        expert_mixture_avx512(), expert_mixture_amx());
 }
 
 Storage storage_of(const at::Tensor& x) {

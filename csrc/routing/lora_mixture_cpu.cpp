@@ -18,15 +18,7 @@ constexpr int64_t kGrain = 32768;  // multiply-adds that are worth a thread
 constexpr int64_t kWidened = 16;   // rows from which a product in float32 pays for widening 16-bit weights
 
 const LoraMixtureKernels& lora_kernels() {
-  switch (cpu_capability()) {
-    case CpuCapability::kAmx:
-    case CpuCapability::kAvx512:
-      return *lora_mixture_avx512();
-    case CpuCapability::kAvx2:
-      return *lora_mixture_avx2();
-    default:
-      return *lora_mixture_baseline();
-  }
+  return choose_kernels(lora_mixture_baseline(), lora_mixture_avx2(), lora_mixture_avx512());
 }
 
 // y [rows, O] (float32, contiguous): the base (bias, or what it holds) and the adapters' part.

@@ -17,15 +17,7 @@ namespace {
 constexpr int64_t kBlockRows = 48;  // tokens of a task: packing a weight costs as much as multiplying four rows
 
 const ExpertMixtureKernels& kernels_in_use() {
-  switch (cpu_capability()) {
-    case CpuCapability::kAmx:
-    case CpuCapability::kAvx512:
-      return *expert_mixture_avx512();
-    case CpuCapability::kAvx2:
-      return *expert_mixture_avx2();
-    default:
-      return *expert_mixture_baseline();
-  }
+  return choose_kernels(expert_mixture_baseline(), expert_mixture_avx2(), expert_mixture_avx512());
 }
 
 struct Rows {

@@ -5,15 +5,7 @@
 namespace planmill {
 
 const RowKernels& row_kernels() {
-  switch (cpu_capability()) {
-    case CpuCapability::kAmx:
-    case CpuCapability::kAvx512:
-      return *rows_avx512();
-    case CpuCapability::kAvx2:
-      return *rows_avx2();
-    default:
-      return *rows_baseline();
-  }
+  return choose_kernels(rows_baseline(), rows_avx2(), rows_avx512());
 }
 
 Element element_of(at::ScalarType type) {

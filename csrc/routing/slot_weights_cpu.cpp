@@ -16,15 +16,7 @@ constexpr int64_t kRowBlock = 16;
 constexpr int64_t kGrain = 8192;  // logits that are worth a thread
 
 const SlotWeightsKernels& slot_kernels() {
-  switch (cpu_capability()) {
-    case CpuCapability::kAmx:
-    case CpuCapability::kAvx512:
-      return *slot_weights_avx512();
-    case CpuCapability::kAvx2:
-      return *slot_weights_avx2();
-    default:
-      return *slot_weights_baseline();
-  }
+  return choose_kernels(slot_weights_baseline(), slot_weights_avx2(), slot_weights_avx512());
 }
 
 int64_t blocks(int64_t n, int64_t size) { return (n + size - 1) / size; }

@@ -15,15 +15,7 @@ namespace {
 constexpr int64_t kGrain = 1 << 15;  // multiply-adds below which a second thread is not worth waking
 
 const DecodingKernels& decoding_kernels() {
-  switch (cpu_capability()) {
-    case CpuCapability::kAmx:
-    case CpuCapability::kAvx512:
-      return *decoding_avx512();
-    case CpuCapability::kAvx2:
-      return *decoding_avx2();
-    default:
-      return *decoding_baseline();
-  }
+  return choose_kernels(decoding_baseline(), decoding_avx2(), decoding_avx512());
 }
 
 // A contiguous matrix and its rows as they lie.

@@ -21,15 +21,7 @@ constexpr float kFloor = 1.0e-15f;                 // covers rows so short that 
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
 const EncodingKernels& encoding_kernels(bool integer) {
-  switch (cpu_capability()) {
-    case CpuCapability::kAmx:
-    case CpuCapability::kAvx512:
-      return *encoding_avx512(integer);
-    case CpuCapability::kAvx2:
-      return *encoding_avx2(integer);
-    default:
-      return *encoding_baseline(integer);
-  }
+  return choose_kernels(encoding_baseline(integer), encoding_avx2(integer), encoding_avx512(integer));
 }
 
 // What is known of one token.

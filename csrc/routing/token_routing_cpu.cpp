@@ -15,15 +15,7 @@ namespace planmill {
 namespace {
 
 const RoutingKernels& routing_kernels() {
-  switch (cpu_capability()) {
-    case CpuCapability::kAmx:
-    case CpuCapability::kAvx512:
-      return *routing_avx512();
-    case CpuCapability::kAvx2:
-      return *routing_avx2();
-    default:
-      return *routing_baseline();
-  }
+  return choose_kernels(routing_baseline(), routing_avx2(), routing_avx512());
 }
 
 // Tokens first..first + size in the order in which they are served.
