@@ -35,7 +35,7 @@ bench: $(STAMP)
 gpu:
 	$(PYTHON) -m pip install -q --no-build-isolation --no-deps -e .
 	$(PYTHON) -m pytest -m gpu --device cuda tests/kernels/test_triton_parity.py
-	for family in neighbors routing moments; do $(PYTHON) -m planmill.cli bench $$family --device cuda || exit 1; done
+	for family in neighbors routing moments attention; do $(PYTHON) -m planmill.cli bench $$family --device cuda || exit 1; done
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,1 @@
+"""Attention ops: one file per op, its cases and its peers."""
