@@ -1,7 +1,8 @@
 """What a compiler says about a Triton kernel, without a GPU: registers, spills, shared memory, instructions.
 
-Each `_triton` module lists in STATIC its kernels with the choices that ship. Run as a module, this file compiles all of
-them for sm_80 and sm_90 (products for sm_120 too) and prints one JSON line each, but not under TRITON_INTERPRET.
+Each `_triton` module lists in STATIC its kernels with the choices that ship. Run as a module, this file compiles them
+for sm_80 and sm_90 (products for sm_120 too) and prints one JSON line each, but not under TRITON_INTERPRET: those of
+the families that are named (`routing`, `common`), or all.
 ptxas, cuobjdump and nvdisasm come with the triton wheel.
 """
 
@@ -22,7 +23,10 @@ from typing import Any
 TARGETS = (80, 90)
 PRODUCT_TARGETS = (80, 90, 120)  # sm_120 has the least shared memory, and only products use much of it
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 120: 99 << 10}  # bytes a block may ask for, CUDA C++ guide, table 30
-TENSOR_CORE = {80: "HMMA", 90: "HGMMA", 120: "HMMA"}
+READ_AS_SASS = 90  # whose instructions are read; for the others, PTX and the assembler's report of registers and stack
+TENSOR_CORE = {80: "mma", 90: "HGMMA", 120: "mma"}
+SASS_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)")
+PTX_INSTRUCTION = re.compile(r"^\s*(?:@!?%\w+\s+)?([a-z][a-z0-9_]*)[.\s;]", re.MULTILINE)
 DIVISION_PTX = re.compile(r"\b(?:div|rem)\.[su]64\b")
 DIVISION_SASS = re.compile(r"__cuda_sm\d+_(?:div|rem)_[su]64|\b(?:I2F|F2I)\.[US]64|\bMUFU\.RCP64")
 
@@ -59,7 +63,10 @@ class StaticKernel:
 
 @dataclass(frozen=True)
 class Facts:
-    """What was read from one compiled kernel; `opcodes` counts SASS instructions by their first word."""
+    """What was read from one compiled kernel; `opcodes` counts instructions by their first word.
+
+    They are SASS for sm_90 and PTX for the others: a disassembly takes as long as a compilation.
+    """
 
     kernel: str
     arch: int
@@ -99,9 +106,13 @@ def read_cubin(kernel: str, arch: int, cubin: bytes, ptx: str, dynamic_shared: i
         usage = subprocess.run(
             [tool("cuobjdump"), "-res-usage", path], capture_output=True, text=True, check=True
         ).stdout
-        sass = subprocess.run([tool("nvdisasm"), "-c", path], capture_output=True, text=True, check=True).stdout
+        command = [tool("nvdisasm"), "--print-code", "--no-dataflow", path]
+        sass = (
+            subprocess.run(command, capture_output=True, text=True, check=True).stdout if arch == READ_AS_SASS else ""
+        )
     used = {key: max(map(int, re.findall(rf"\b{key}:(\d+)", usage)), default=0) for key in ("REG", "STACK", "SHARED")}
-    opcodes = Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", sass))
+    code, instruction = (sass, SASS_INSTRUCTION) if sass else (ptx, PTX_INSTRUCTION)
+    opcodes = Counter(instruction.findall(code))
     return Facts(
         kernel,
         arch,
@@ -143,24 +154,24 @@ def check(static: StaticKernel, arch: int) -> tuple[Facts, list[str]]:
     return facts, facts.problems(static.tensor_core, SHARED_LIMIT[arch])
 
 
-def shipped() -> Iterator[StaticKernel]:
-    """The STATIC lists of every op's `_triton` module and of the modules that they share."""
+def shipped(families: tuple[str, ...] = ()) -> Iterator[StaticKernel]:
+    """The STATIC lists of every op's `_triton` module and of the modules that they share ("common"), or of some."""
     from planmill.kernels import ops
 
     modules = [f"{spec.package}._triton" for spec in ops().values() if (spec.cuda or "").startswith("_triton")]
     common = sorted(Path(__file__).parent.glob("triton_*.py"))
     modules += [f"planmill.kernels.common.{path.stem}" for path in common if path.stem != Path(__file__).stem]
     for module in modules:
+        if families and module.split(".")[2] not in families:
+            continue
         yield from importlib.import_module(module).STATIC
 
 
 def main() -> int:
-    """Check everything that ships; one JSON line per kernel and architecture; 1 where a problem was found."""
-    jobs = [(static, arch) for static in shipped() for arch in static.targets]
+    """Check what ships; one JSON line per kernel and architecture; 1 where a problem was found."""
+    jobs = [(static, arch) for static in shipped(tuple(sys.argv[1:])) for arch in static.targets]
     failed = False
-    with ThreadPoolExecutor(
-        2
-    ) as pool:  # the work is in subprocesses and in LLVM, which lets go of the interpreter lock
+    with ThreadPoolExecutor(2) as pool:  # the work is in subprocesses and in LLVM, which frees the interpreter lock
         for facts, problems in pool.map(lambda job: check(*job), jobs):
             print(json.dumps({**asdict(facts), "problems": problems}), flush=True)
             failed |= bool(problems)
