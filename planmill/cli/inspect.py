@@ -20,34 +20,57 @@ STAGES = {
     "read": "Reading the pictures",
     "plan": "Preparing the plan",
     "backbone": "Running the plan",
+    "fit": "Fitting the good pictures",
     "score": "Scoring",
     "write": "Writing",
 }
 LISTED = 10
 
 
+Images = Annotated[Path, typer.Argument(help="Folder of pictures, searched recursively; never written to.")]
+Out = Annotated[Path, typer.Option(help="Folder for scores.csv, scores.json, report.html and heatmaps/.")]
+BackboneName = Annotated[str, typer.Option(help="digits, a timm or transformers ViT by name, or FILE.py:FACTORY.")]
+MethodName = Annotated[
+    str, typer.Option(help="mutual: against each other; gaussian, padim: against --good pictures, whole or by place.")
+]
+Good = Annotated[Path | None, typer.Option(help="Folder of pictures without anomalies, for gaussian and padim.")]
+Dimensions = Annotated[int | None, typer.Option(help="padim: channels drawn from all layers; default: 100.")]
+Shrinkage = Annotated[
+    float | None, typer.Option(help="gaussian, padim: of the covariances, 0 to 1; default: as published.")
+]
+Weights = Annotated[Path | None, typer.Option(help="Local file of weights; default: the user's cache.")]
+Layers = Annotated[
+    str | None, typer.Option(help="Zero-based blocks, e.g. 2,5,8,11; default: the ends of the four quarters.")
+]
+Size = Annotated[int | None, typer.Option(min=1, help="Side of the input in pixels; default: 518 in whole patches.")]
+Radius = Annotated[
+    float | None,
+    typer.Option(min=0, help="mutual: match only patches at most this far away, in patches."),
+]
+Batch = Annotated[int, typer.Option(min=1, max=1024, help="Pictures per call of the plan.")]
+Precision = Annotated[str, typer.Option(help="fp32 (exact scores) or bf16.")]
+Plans = Annotated[Path | None, typer.Option(help="Folder that keeps plans; default: the user's cache.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")]
+
+
 def inspect(
-    images: Annotated[Path, typer.Argument(help="Folder of pictures, searched recursively; never written to.")],
-    out: Annotated[Path, typer.Option(help="Folder for scores.csv, scores.json, report.html and heatmaps/.")],
-    backbone: Annotated[str, typer.Option(help="digits, a timm or transformers ViT by name, or FILE.py:FACTORY.")],
-    weights: Annotated[Path | None, typer.Option(help="Local file of weights; default: the user's cache.")] = None,
-    layers: Annotated[
-        str | None, typer.Option(help="Zero-based blocks, e.g. 2,5,8,11; default: the ends of the four quarters.")
-    ] = None,
-    size: Annotated[
-        int | None, typer.Option(min=1, help="Side of the input in pixels; default: 518 in whole patches.")
-    ] = None,
-    radius: Annotated[
-        float | None, typer.Option(min=0, help="Match only patches at most this far away, in patches; default: all.")
-    ] = None,
-    batch: Annotated[int, typer.Option(min=1, max=1024, help="Pictures per call of the plan.")] = 8,
-    precision: Annotated[str, typer.Option(help="fp32 (exact scores) or bf16.")] = "fp32",
-    plans: Annotated[
-        Path | None, typer.Option(help="Folder that keeps plans for the next run; default: the user's cache.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+    images: Images,
+    out: Out,
+    backbone: BackboneName,
+    method: MethodName = "mutual",
+    good: Good = None,
+    dimensions: Dimensions = None,
+    shrinkage: Shrinkage = None,
+    weights: Weights = None,
+    layers: Layers = None,
+    size: Size = None,
+    radius: Radius = None,
+    batch: Batch = 8,
+    precision: Precision = "fp32",
+    plans: Plans = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Score the pictures of a folder against each other and write heat maps and a report. Nothing is trained."""
+    """Score the pictures of a folder against each other, or against good ones, and write heat maps and a report."""
     from planmill.inspection import Settings, inspect_pictures
 
     if precision not in ("fp32", "bf16"):
@@ -63,6 +86,10 @@ def inspect(
         batch=batch,
         precision="bf16" if precision == "bf16" else "fp32",
         plans=plans,
+        method=method,  # type: ignore[arg-type]  # checked by inspect_pictures
+        good=good,
+        dimensions=dimensions,
+        shrinkage=shrinkage,
     )
     with StageProgress(Console(stderr=True)) as progress:
         result = inspect_pictures(settings, progress.update)

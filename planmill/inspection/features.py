@@ -1,6 +1,7 @@
 """Run the plan over all pictures; features go to memory, or to a file where they are many."""
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -14,6 +15,18 @@ from planmill.inspection.results import Progress
 IN_MEMORY_BYTES = 4 << 30
 
 
+def run_plan(
+    session: Session, backbone: Backbone, pictures: list[Picture], batch: int, stage: str, progress: Progress
+) -> Iterator[tuple[int, list[torch.Tensor], torch.Tensor]]:
+    """Batch by batch: the index of its first picture, patch tokens per layer [n, P, C], descriptors [n, E]; float32."""
+    for start in range(0, len(pictures), batch):
+        progress(stage, start, len(pictures))
+        pixels = torch.stack([torch.from_numpy(p.pixels) for p in pictures[start : start + batch]])
+        *tokens, descriptor = session(backbone.normalize(pixels))
+        yield start, tokens, descriptor
+    progress(stage, len(pictures), len(pictures))
+
+
 def extract_features(
     session: Session, backbone: Backbone, pictures: list[Picture], batch: int, scratch: Path, progress: Progress
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
@@ -23,16 +36,12 @@ def extract_features(
     """
     layers: list[torch.Tensor] = []
     descriptors: list[torch.Tensor] = []
-    for start in range(0, len(pictures), batch):
-        progress("backbone", start, len(pictures))
-        pixels = torch.stack([torch.from_numpy(p.pixels) for p in pictures[start : start + batch]])
-        *tokens, descriptor = session(backbone.normalize(pixels))
+    for start, tokens, descriptor in run_plan(session, backbone, pictures, batch, "backbone", progress):
         if not layers:
             layers = _allocate(tokens, len(pictures), scratch)
         for kept, new in zip(layers, tokens, strict=True):
             kept[start : start + len(new)] = new
         descriptors.append(descriptor)
-    progress("backbone", len(pictures), len(pictures))
     return layers, torch.cat(descriptors)
 
 

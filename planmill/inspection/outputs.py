@@ -11,7 +11,7 @@ from typing import Any
 
 from planmill import __version__
 from planmill.errors import PlanmillError
-from planmill.inspection.results import Inspection
+from planmill.inspection.results import DIMENSIONS, Inspection
 
 FORMAT = "planmill.inspection/1"
 HEATMAPS = "heatmaps"
@@ -98,6 +98,11 @@ def summarize(inspection: Inspection) -> dict[str, Any]:
             "build_time_s": round(inspection.plan.build_time_s, 3),
         },
         "settings": {
+            "method": settings.method,
+            "good": shown_path(settings.good) if settings.good else None,
+            "good_pictures": inspection.good if settings.good else None,
+            "dimensions": (settings.dimensions or DIMENSIONS) if settings.method == "padim" else None,
+            "shrinkage": settings.shrinkage,
             "degrees": list(settings.degrees),
             "neighbors": list(settings.neighbors),
             "radius": settings.radius,

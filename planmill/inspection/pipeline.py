@@ -12,7 +12,10 @@ import torch
 from planmill.engine import Session
 from planmill.errors import PlanmillError
 from planmill.inspection.backbones import Backbone, resolve_backbone
-from planmill.inspection.features import extract_features, finite_pictures
+from planmill.inspection.features import extract_features, finite_pictures, run_plan
+from planmill.inspection.gaussians import PictureModel, choose_model
+from planmill.inspection.good import check_good, find_good, match_shapes
+from planmill.inspection.methods import check_method
 from planmill.inspection.outputs import (
     check_folders,
     earlier_heatmaps,
@@ -35,7 +38,9 @@ from planmill.inspection.results import (
     SkippedPicture,
     default_plan_folder,
 )
-from planmill.inspection.scoring import score_patches, score_pictures
+from planmill.inspection.scoring import interpolate_maps, score_patches, score_pictures
+
+NOT_FINITE = "the backbone gives NaN or infinity for it"
 
 
 class Stopwatch:
@@ -53,14 +58,16 @@ class Stopwatch:
 
 
 def inspect_pictures(settings: Settings, progress: Progress = lambda stage, done, total: None) -> Inspection:
-    """Score the pictures of a folder against each other and write what was found to `settings.out`.
+    """Score the pictures of a folder and write what was found to `settings.out`. Nothing is trained.
 
-    Backbone plan -> neighbourhood pooling (r = 1, 3, 5) of several layers -> mutual scores -> mean over layers and
-    widths -> maps -> maximum -> re-scoring by similar pictures. Nothing is trained and nothing has a label.
+    Method "mutual", against each other: backbone plan -> neighbourhood pooling (r = 1, 3, 5) of several layers ->
+    mutual scores -> mean over layers and widths -> maps -> maximum -> re-scoring by similar pictures. Methods
+    "gaussian" and "padim", against the pictures of `settings.good`: backbone plan -> Gaussians of the good ones ->
+    Mahalanobis distances of the others, each of which depends on no other picture.
 
     Args:
         settings: what to inspect, and how.
-        progress: `progress(stage, done, total)` for the stages load, read, plan, backbone, score, write.
+        progress: `progress(stage, done, total)` for the stages load, read, plan, backbone or fit, score, write.
 
     Returns:
         The pictures with their scores, what was skipped, times and settings. In `settings.out` stand scores.csv,
@@ -68,43 +75,82 @@ def inspect_pictures(settings: Settings, progress: Progress = lambda stage, done
         not written again are removed, and other files are left alone.
 
     Raises:
-        PlanmillError: no pictures, fewer than two that can be read, an unknown backbone, weights that cannot be had, a
-            backbone that cannot become a plan, an output folder inside the pictures or not writable.
+        PlanmillError: no pictures, too few that can be read, options that do not fit the method, good pictures that no
+            Gaussian can be fitted to, an unknown backbone, weights that cannot be had, a backbone that cannot become a
+            plan, an output folder inside the pictures or not writable.
 
-    Source: MuSc (Li et al., ICLR 2024).
+    Source: MuSc (Li et al., ICLR 2024); Rippel et al. (ICPR 2020); PaDiM (Defard et al., ICPR 2021).
     """
     watch = Stopwatch()
+    check_method(settings)
     paths, ignored = find_pictures(settings.images)
     if not paths:
         others = f"; it holds {ignored} other files" if ignored else ""
         raise PlanmillError(f"{settings.images}: no pictures in this folder{others}")
+    good_paths: list[Path] = []
+    if settings.good is not None:
+        paths, good_paths = find_good(settings.good, settings.images, paths)
     with watch.time("load"):
         progress("load", 0, 0)
         backbone = resolve_backbone(settings.backbone, settings.weights, settings.layers, settings.size)
         progress("load", 1, 1)
-    check_folders(settings.images, settings.out)
+    for folder in filter(None, (settings.images, settings.good)):
+        check_folders(folder, settings.out)
     with watch.time("read"):
-        pictures, skipped = read_pictures(paths, settings.images, backbone.image_size, len(backbone.mean), progress)
-    _need_two(pictures, skipped, settings)
+        pictures, good, skipped = _read(settings, paths, good_paths, backbone, progress)
     with watch.time("plan"):
         session, plan = _open_plan(settings, backbone, pictures, progress)
     with session:
-        scored = _score(settings, backbone, session, pictures, skipped, watch, progress)
+        if settings.method == "mutual":
+            scored = _score_mutually(settings, backbone, session, pictures, skipped, watch, progress)
+        else:
+            model = choose_model(settings)
+            with watch.time("fit"):
+                good = _fit(settings, backbone, session, good, model, skipped, progress)
+            with watch.time("score"):
+                scored = _score_by_model(settings, backbone, session, pictures, model, skipped, progress)
     scale = (min(float(p.scores.min()) for p in scored), max(float(p.scores.max()) for p in scored))
-    inspection = Inspection(settings, _described(backbone), plan, scored, skipped, ignored, watch.seconds, scale)
+    inspection = Inspection(
+        settings, _described(backbone), plan, scored, skipped, ignored, watch.seconds, scale, len(good)
+    )
     _write(inspection, watch, progress)
     return inspection
 
 
-def _need_two(pictures: list[Picture], skipped: list[SkippedPicture], settings: Settings) -> None:
-    if len(pictures) >= 2:
+def _read(
+    settings: Settings, paths: list[Path], good_paths: list[Path], backbone: Backbone, progress: Progress
+) -> tuple[list[Picture], list[Picture], list[SkippedPicture]]:
+    """The pictures to score, the good ones, and what was left out of either."""
+    size, channels, total = backbone.image_size, len(backbone.mean), len(paths) + len(good_paths)
+    pictures, skipped = read_pictures(
+        paths, settings.images, size, channels, lambda stage, done, _: progress(stage, done, total)
+    )
+    good: list[Picture] = []
+    if settings.good is not None:
+        good, unfit = read_pictures(
+            good_paths, settings.good, size, channels, lambda stage, done, _: progress(stage, len(paths) + done, total)
+        )
+        check_good(settings.good, good, unfit)
+        if settings.method == "padim":
+            pictures = match_shapes(settings.good, good, pictures, skipped)
+        skipped += _good_ones(unfit)
+    _need_some(pictures, skipped, settings)
+    return pictures, good, skipped
+
+
+def _good_ones(skipped: list[SkippedPicture]) -> list[SkippedPicture]:
+    return [SkippedPicture(entry.file, f"good picture: {entry.reason}") for entry in skipped]
+
+
+def _need_some(pictures: list[Picture], skipped: list[SkippedPicture], settings: Settings) -> None:
+    least = 2 if settings.method == "mutual" else 1
+    if len(pictures) >= least:
         return
     reasons = "; ".join(f"{entry.file}: {entry.reason}" for entry in skipped[:3])
     more = f" ({reasons}{f'; and {len(skipped) - 3} more' if len(skipped) > 3 else ''})" if reasons else ""
     count = "only 1 picture" if pictures else "no picture"
-    raise PlanmillError(
-        f"{settings.images}: {count} can be used, and scoring pictures against each other needs at least 2{more}"
-    )
+    needed = ", and scoring pictures against each other needs at least 2" if settings.method == "mutual" else ""
+    raise PlanmillError(f"{settings.images}: {count} can be used{needed}{more}")
 
 
 def _open_plan(
@@ -125,7 +171,61 @@ def _open_plan(
 
 
 @torch.no_grad()
-def _score(
+def _fit(
+    settings: Settings,
+    backbone: Backbone,
+    session: Session,
+    good: list[Picture],
+    model: PictureModel,
+    skipped: list[SkippedPicture],
+    progress: Progress,
+) -> list[Picture]:
+    """Fit the model to the good pictures with finite features; returns these."""
+    kept: list[Picture] = []
+    lost: list[Picture] = []
+    for start, tokens, descriptor in run_plan(session, backbone, good, settings.batch, "fit", progress):
+        finite = finite_pictures(tokens, descriptor)
+        for picture, fine in zip(good[start:], finite, strict=False):
+            (kept if fine else lost).append(picture)
+        if finite.any():
+            model.add([layer[finite] for layer in tokens])
+    skipped += _good_ones([SkippedPicture(p.file, NOT_FINITE) for p in lost])
+    if settings.good is not None:
+        check_good(settings.good, kept, skipped)
+    model.fit()
+    return kept
+
+
+@torch.no_grad()
+def _score_by_model(
+    settings: Settings,
+    backbone: Backbone,
+    session: Session,
+    pictures: list[Picture],
+    model: PictureModel,
+    skipped: list[SkippedPicture],
+    progress: Progress,
+) -> list[ScoredPicture]:
+    """Run the plan and measure every picture; most anomalous first."""
+    found: list[ScoredPicture] = []
+    for start, tokens, descriptor in run_plan(session, backbone, pictures, settings.batch, "score", progress):
+        finite = finite_pictures(tokens, descriptor)
+        some = pictures[start : start + len(finite)]
+        skipped += [SkippedPicture(p.file, NOT_FINITE) for p, fine in zip(some, finite, strict=True) if not fine]
+        if not finite.any():
+            continue
+        patches, whole = model.score([layer[finite] for layer in tokens])
+        maps = patches.view(-1, *backbone.grid)
+        raw = interpolate_maps(maps, backbone.image_size).amax((1, 2))
+        kept = [p for p, fine in zip(some, finite, strict=True) if fine]
+        found += _scored(kept, raw if whole is None else whole, raw, maps)
+    if not found:
+        _need_some([], skipped, settings)
+    return _sorted(found)
+
+
+@torch.no_grad()
+def _score_mutually(
     settings: Settings,
     backbone: Backbone,
     session: Session,
@@ -143,16 +243,22 @@ def _score(
             finite = finite_pictures(features, descriptors)
         if not finite.all():
             lost = [picture for picture, fine in zip(pictures, finite, strict=True) if not fine]
-            skipped += [SkippedPicture(p.file, "the backbone gives NaN or infinity for it") for p in lost]
+            skipped += [SkippedPicture(p.file, NOT_FINITE) for p in lost]
             pictures = [picture for picture, fine in zip(pictures, finite, strict=True) if fine]
-            _need_two(pictures, skipped, settings)
+            _need_some(pictures, skipped, settings)
             features, descriptors = [layer[finite] for layer in features], descriptors[finite]
         with watch.time("score"):
             dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
             patches = score_patches(features, backbone.grid, settings.degrees, settings.radius, dtype, progress)
             maps = patches.view(len(pictures), *backbone.grid)
             raw, scores = score_pictures(maps, descriptors, backbone.image_size, settings.neighbors)
-    found = [
+    return _sorted(_scored(pictures, scores, raw, maps))
+
+
+def _scored(
+    pictures: list[Picture], scores: torch.Tensor, raw: torch.Tensor, maps: torch.Tensor
+) -> list[ScoredPicture]:
+    return [
         ScoredPicture(
             file=picture.file,
             score=float(score),
@@ -165,6 +271,9 @@ def _score(
         )
         for picture, score, highest, one in zip(pictures, scores, raw, maps, strict=True)
     ]
+
+
+def _sorted(found: list[ScoredPicture]) -> list[ScoredPicture]:
     return sorted(found, key=lambda picture: (-picture.score, -picture.raw_score, picture.file))
 
 

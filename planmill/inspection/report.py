@@ -8,9 +8,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from planmill import __version__
+from planmill.inspection.methods import METHODS
 from planmill.inspection.outputs import shown_path
 from planmill.inspection.rendering import heatmap_layer, palette
-from planmill.inspection.results import Inspection
+from planmill.inspection.results import DIMENSIONS, Inspection
 
 BINS = 24
 STAGES = {
@@ -18,6 +19,7 @@ STAGES = {
     "read": "Read and resize the pictures",
     "plan": "Build or reuse the plan",
     "backbone": "Run the plan",
+    "fit": "Fit the good pictures",
     "score": "Score",
     "write": "Write the heat maps",
 }
@@ -38,7 +40,8 @@ def render_report(inspection: Inspection) -> bytes:
         version=__version__,
         folder=shown_path(inspection.settings.images),
         cards=_cards(inspection),
-        histogram=_histogram([picture.score for picture in inspection.pictures]),
+        method=METHODS[inspection.settings.method],
+        histogram=_histogram([picture.score for picture in inspection.pictures], _highest(inspection)),
         stages=[
             {"name": STAGES[stage], "seconds": seconds, "percent": 100 * seconds / total if total else 0.0}
             for stage, seconds in inspection.stage_times_s.items()
@@ -82,9 +85,16 @@ def _data_uri(kind: str, data: bytes) -> Markup:
     return Markup(f"data:{kind};base64,{base64.b64encode(data).decode()}")
 
 
-def _histogram(scores: list[float]) -> dict[str, Any]:
-    """Bars in a box of 480 x 120: x and height of each, and its range in words."""
-    counts, edges = np.histogram(scores, bins=BINS, range=(0.0, 1.0))
+def _highest(inspection: Inspection) -> float:
+    """The right end of the histogram and of the bars beside the scores."""
+    if inspection.settings.method == "mutual":
+        return 1.0
+    return max(max(picture.score for picture in inspection.pictures), 1e-6)
+
+
+def _histogram(scores: list[float], top: float) -> dict[str, Any]:
+    """Bars in a box of 480 x 120: x and height of each, and its range in words; scores from 0 to `top`."""
+    counts, edges = np.histogram(scores, bins=BINS, range=(0.0, top))
     highest = int(counts.max())
     width = 480 / BINS
     bars = [
@@ -98,11 +108,12 @@ def _histogram(scores: list[float]) -> dict[str, Any]:
         }
         for index, count in enumerate(counts.tolist())
     ]
-    return {"bars": bars, "highest": highest}
+    ticks = [{"x": quarter * 120, "text": f"{top * quarter / 4:.3g}"} for quarter in range(5)]
+    return {"bars": bars, "highest": highest, "ticks": ticks, "top": top}
 
 
 def _settings(inspection: Inspection) -> list[tuple[str, str]]:
-    settings, backbone, plan = inspection.settings, inspection.backbone, inspection.plan
+    backbone, plan = inspection.backbone, inspection.plan
     rows, columns = backbone["grid"]
     layers = backbone["layers"]
     used = "built for this run" if plan.origin == "built" else "reused, and checked against the model again"
@@ -111,9 +122,25 @@ def _settings(inspection: Inspection) -> list[tuple[str, str]]:
         ("Weights", backbone["weights"]),
         ("Layers", ", ".join(map(str, layers)) if layers else "as the factory chooses"),
         ("Input", f"{backbone['image_size'][1]} x {backbone['image_size'][0]} pixels, {columns} x {rows} patches"),
-        ("Neighbourhoods r", ", ".join(map(str, settings.degrees)) + " patches"),
-        ("Matching radius", "whole picture" if settings.radius is None else f"{settings.radius:g} patches"),
-        ("Re-scoring k", ", ".join(map(str, settings.neighbors)) + " pictures"),
+        *_method_settings(inspection),
         ("Plan", f"{shown_path(plan.path)}: {used}"),
         ("Plan against model", f"largest difference {plan.max_abs:.2g}, {plan.precision}"),
     ]
+
+
+def _method_settings(inspection: Inspection) -> list[tuple[str, str]]:
+    settings = inspection.settings
+    if settings.good is None:
+        return [
+            ("Neighbourhoods r", ", ".join(map(str, settings.degrees)) + " patches"),
+            ("Matching radius", "whole picture" if settings.radius is None else f"{settings.radius:g} patches"),
+            ("Re-scoring k", ", ".join(map(str, settings.neighbors)) + " pictures"),
+        ]
+    published = "Ledoit-Wolf" if settings.method == "gaussian" else "0.01 on the diagonal"
+    rows = [
+        ("Good pictures", f"{inspection.good} of {shown_path(settings.good)}"),
+        ("Shrinkage", published if settings.shrinkage is None else f"{settings.shrinkage:g}"),
+    ]
+    if settings.method == "padim":
+        rows.append(("Channels", f"at most {settings.dimensions or DIMENSIONS}, drawn from all layers"))
+    return rows

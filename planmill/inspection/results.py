@@ -14,6 +14,7 @@ Progress = Callable[[str, int, int], None]
 DEGREES = (1, 3, 5)
 NEIGHBORS = (1, 2, 3)
 BATCH = 8
+DIMENSIONS = 100
 
 
 def default_plan_folder() -> Path:
@@ -38,6 +39,11 @@ class Settings:
         degrees: neighbourhood widths r of the pooling, in patches.
         neighbors: neighbourhood sizes k of the re-scoring, in pictures.
         plans: where plans are kept for the next run; None: the user's cache directory.
+        method: "mutual" scores the pictures against each other; "gaussian" and "padim" against `good` ones.
+        good: folder of pictures without anomalies, which Gaussians are fitted to.
+        dimensions: channels of padim, drawn from all layers; None: 100.
+        shrinkage: of the Gaussians' covariances, 0 to 1; None: as published (gaussian: the estimate of Ledoit and Wolf;
+            padim: 0.01 on the diagonal).
     """
 
     images: Path
@@ -52,6 +58,10 @@ class Settings:
     degrees: tuple[int, ...] = DEGREES
     neighbors: tuple[int, ...] = NEIGHBORS
     plans: Path | None = None
+    method: Literal["mutual", "gaussian", "padim"] = "mutual"
+    good: Path | None = None
+    dimensions: int | None = None
+    shrinkage: float | None = None
 
 
 @dataclass(frozen=True)
@@ -68,8 +78,10 @@ class ScoredPicture:
 
     Args:
         file: relative to the folder, with `/`; bytes that are no UTF-8 are shown as `\\xNN`.
-        score: 0 to 1 over the set, after re-scoring by similar pictures: what pictures are sorted by.
-        raw_score: maximum of the anomaly map, in units of the distance between unit vectors (0 to 2).
+        score: what pictures are sorted by. mutual: 0 to 1 over the set, after re-scoring by similar pictures; gaussian:
+            distance of the whole picture from the good ones; padim: raw_score.
+        raw_score: maximum of the anomaly map, in units of the distance between unit vectors (mutual; 0 to 2), or of
+            standard deviations of the good pictures (Mahalanobis distance).
         size: (width, height) in pixels, as shown (EXIF orientation applied).
         note: what was done to it, e.g. "first of 3 frames"; may be empty.
         heatmap: file of the heat map, relative to the output folder, with `/`.
@@ -120,8 +132,9 @@ class Inspection:
         pictures: most anomalous first.
         skipped: pictures that were left out, each with a reason.
         ignored: number of files that are no pictures.
-        stage_times_s: seconds of the stages load, read, plan, backbone, score, write.
+        stage_times_s: seconds of the stages load, read, plan, backbone (mutual) or fit (gaussian, padim), score, write.
         scale: lowest and highest patch score of the set: the ends of the colour scale.
+        good: number of good pictures that were fitted.
     """
 
     settings: Settings
@@ -132,3 +145,4 @@ class Inspection:
     ignored: int
     stage_times_s: dict[str, float]
     scale: tuple[float, float]
+    good: int = 0

@@ -7,6 +7,7 @@ import json
 import shutil
 from pathlib import Path
 from types import ModuleType
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -91,6 +92,23 @@ def test_intruders_score_higher(tmp_path: Path, data: ModuleType, plans: Path, f
     result = inspect_pictures(Settings(tmp_path / "in", tmp_path / "out", "digits", plans=plans))
     wanted = [intruders[picture.file] for picture in result.pictures]
     assert result.plan.origin == "reused"
+    assert roc_auc_score(wanted, [picture.score for picture in result.pictures]) >= 0.97
+
+
+@pytest.mark.parametrize("method", ["gaussian", "padim"])
+def test_intruders_are_far_from_good_digits(
+    tmp_path: Path, data: ModuleType, plans: Path, first: Inspection, method: Literal["gaussian", "padim"]
+) -> None:
+    """Good: 80 training digits of one class; scored: the tray of held-out ones."""
+    intruders = write_tray(tmp_path / "in", data, 8)
+    train = data.load()[0]
+    (tmp_path / "good").mkdir()
+    for index, picture in enumerate(train.pictures[train.labels == 8][:80]):
+        Image.fromarray(picture).save(tmp_path / "good" / f"{index}.png")
+    asked = Settings(tmp_path / "in", tmp_path / "out", "digits", plans=plans, method=method, good=tmp_path / "good")
+    result = inspect_pictures(asked)
+    wanted = [intruders[picture.file] for picture in result.pictures]
+    assert result.good == 80
     assert roc_auc_score(wanted, [picture.score for picture in result.pictures]) >= 0.97
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from planmill.kernels.common.checks import check_float
 from planmill.kernels.moments.covariance import Moments, covariance_moments
 from planmill.kernels.moments.mahalanobis.op import factor_covariance, measure_mahalanobis
-from planmill.kernels.moments.shrinkage import shrink_ledoit_wolf
+from planmill.kernels.moments.shrinkage import shrink_by, shrink_ledoit_wolf
 
 
 class GaussianDetector(nn.Module):
@@ -45,7 +45,14 @@ class GaussianDetector(nn.Module):
         self.register_buffer("origin", None if origin is None else origin.float())
 
     @classmethod
-    def fit(cls, features: torch.Tensor | Moments, *, keep: str = "all", explained: float = 0.99) -> "GaussianDetector":
+    def fit(
+        cls,
+        features: torch.Tensor | Moments,
+        *,
+        keep: str = "all",
+        explained: float = 0.99,
+        shrinkage: float | None = None,
+    ) -> "GaussianDetector":
         """Fit on features [N, d], or on their Moments.
 
         Args:
@@ -53,10 +60,11 @@ class GaussianDetector(nn.Module):
             keep: "all"; "pca": the leading components up to the first whose cumulative share of the variance exceeds
                 `explained`, inclusive; "npca": that component and all after it. At least one component is kept.
             explained: share of the variance, 0 to 1; published 0.95 and 0.99 for PCA, 0.99 to 0.9999 for NPCA.
+            shrinkage: of the covariance, 0 to 1; None: as Ledoit and Wolf estimate it, which is published.
 
         Raises:
-            ValueError: no rows, an unknown `keep`, `explained` outside 0 to 1.
-            torch.linalg.LinAlgError: all rows are equal.
+            ValueError: no rows, an unknown `keep`, `explained` or `shrinkage` outside 0 to 1.
+            torch.linalg.LinAlgError: all rows are equal; too few rows where `shrinkage` is 0.
         """
         if keep not in ("all", "pca", "npca"):
             raise ValueError(f"GaussianDetector.fit: keep must be all, pca or npca, got {keep!r}")
@@ -64,7 +72,7 @@ class GaussianDetector(nn.Module):
             raise ValueError(f"GaussianDetector.fit: explained must be from 0 to 1, got {explained}")
         moments = features if isinstance(features, Moments) else Moments(features.shape[-1]).update(features)
         if keep == "all":
-            return cls(moments.mean, factor_covariance(shrink_ledoit_wolf(moments).covariance))
+            return cls(moments.mean, _factor(moments, shrinkage))
         if isinstance(features, Moments):
             raise ValueError(f"GaussianDetector.fit: keep={keep!r} needs the features: the shrinkage is fitted again")
         values, vectors = torch.linalg.eigh(moments.covariance(0))
@@ -74,8 +82,7 @@ class GaussianDetector(nn.Module):
         axes = (vectors[:, : last + 1] if keep == "pca" else vectors[:, last:]).T.contiguous()
         rows = (features.float() - moments.mean.float()) @ axes.T.float()
         reduced = Moments(len(axes)).update(rows)
-        factor = factor_covariance(shrink_ledoit_wolf(reduced).covariance)
-        return cls(reduced.mean, factor, axes, moments.mean)
+        return cls(reduced.mean, _factor(reduced, shrinkage), axes, moments.mean)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Distances [N] of features [N, d]."""
@@ -103,6 +110,11 @@ class GaussianDetector(nn.Module):
         return math.sqrt(high)
 
 
+def _factor(moments: Moments, shrinkage: float | None) -> torch.Tensor:
+    shrunk = shrink_ledoit_wolf(moments) if shrinkage is None else shrink_by(moments, shrinkage)
+    return factor_covariance(shrunk.covariance)
+
+
 class PositionGaussians(nn.Module):
     """PaDiM: one Gaussian for each position of a feature map.
 
@@ -127,24 +139,33 @@ class PositionGaussians(nn.Module):
 
     @classmethod
     def fit(
-        cls, features: torch.Tensor, *, regularization: float = 0.01, dtype: torch.dtype = torch.bfloat16
+        cls,
+        features: torch.Tensor,
+        *,
+        regularization: float = 0.01,
+        shrinkage: float = 0.0,
+        dtype: torch.dtype = torch.bfloat16,
     ) -> "PositionGaussians":
         """Fit on the feature maps [N, P, d] of good images, N at least 2.
 
         Args:
             features: float32, bfloat16 or float16.
             regularization: added to the diagonal of every covariance.
+            shrinkage: of every covariance towards its mean variance, 0 to 1, before that; 0 as published.
             dtype: of the stored triangles; bfloat16 is half the bytes, and its rounding (2^-9 a number) is far below
                 the error of a covariance of a few hundred images.
 
         Raises:
-            ValueError: wrong rank, fewer than two images, NaN or infinity (the message names it).
+            ValueError: wrong rank, fewer than two images, a shrinkage outside 0 to 1, NaN or infinity (the message
+                names it).
             torch.linalg.LinAlgError: a covariance is singular (no regularization and too few images).
         """
         op = "PositionGaussians.fit"
         if features.dim() != 3 or features.shape[0] < 2:
             raise ValueError(f"{op}: features must be [N, P, d] with N at least 2, got {list(features.shape)}")
         check_float(op, "features", features)
+        if not 0 <= shrinkage <= 1:
+            raise ValueError(f"{op}: shrinkage must be from 0 to 1, got {shrinkage}")
         positions, d = features.shape[1:]
         mean = torch.empty(positions, d, dtype=torch.float32, device=features.device)
         factor = torch.empty(positions, d * (d + 1) // 2, dtype=dtype, device=features.device)
@@ -152,8 +173,9 @@ class PositionGaussians(nn.Module):
         for first in range(0, positions, step):
             some = slice(first, first + step)
             moments = covariance_moments(features[:, some].transpose(0, 1))
-            covariance = moments.covariance
-            covariance.diagonal(dim1=1, dim2=2).add_(regularization)
+            covariance = moments.covariance * (1 - shrinkage)
+            trace = moments.covariance.diagonal(dim1=1, dim2=2).sum(1, keepdim=True)
+            covariance.diagonal(dim1=1, dim2=2).add_(shrinkage * trace / d + regularization)
             mean[some], factor[some] = moments.mean, factor_covariance(covariance, dtype)
         return cls(mean, factor)
 

@@ -71,6 +71,27 @@ def shrink_oas(moments: Moments) -> ShrunkCovariance:
     return _shrink(s, m, rho)
 
 
+def shrink_by(moments: Moments, shrinkage: float) -> ShrunkCovariance:
+    """The covariance shrunk by a given share: (1 - s) S + s (tr S / d) I with S of divisor N.
+
+    Args:
+        moments: of at least one row.
+        shrinkage: s, from 0 (the covariance as it is) to 1 (a multiple of the identity).
+
+    Returns:
+        A ShrunkCovariance.
+
+    Raises:
+        ValueError: no rows, a share outside 0 to 1.
+
+    Source: Friedman, "Regularized discriminant analysis" (1989), section 3.
+    """
+    if not 0 <= shrinkage <= 1:
+        raise ValueError(f"shrink_by: shrinkage must be from 0 to 1, got {shrinkage}")
+    s, _, _, m = _biased("shrink_by", moments)
+    return _shrink(s, m, shrinkage)
+
+
 def ridge_precision(moments: Moments) -> torch.Tensor:
     """The precision matrix of GDA for CLIP: an empirical-Bayes ridge, finite for any number of rows.
 

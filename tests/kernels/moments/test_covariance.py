@@ -5,10 +5,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from sklearn.covariance import OAS, EmpiricalCovariance, LedoitWolf
+from sklearn.covariance import OAS, EmpiricalCovariance, LedoitWolf, ShrunkCovariance
 
 from planmill.kernels import cpu_capabilities, cpu_capability
-from planmill.kernels.moments import Moments, covariance_moments, ridge_precision, shrink_ledoit_wolf, shrink_oas
+from planmill.kernels.moments import (
+    Moments,
+    covariance_moments,
+    ridge_precision,
+    shrink_by,
+    shrink_ledoit_wolf,
+    shrink_oas,
+)
 
 FIELDS = ("count", "mean", "scatter", "third", "fourth")
 
@@ -185,3 +192,17 @@ def test_errors(generator: torch.Generator) -> None:
         shrink_ledoit_wolf(moments)
     with pytest.raises(ValueError, match="width must be at least 1"):
         Moments(0)
+
+
+def test_shrinkage_by_a_given_share(generator: torch.Generator) -> None:
+    """Oracle: scikit-learn (BSD-3)."""
+    x = torch.randn(12, 20, generator=generator) + 2
+    for share in (0.0, 0.3, 1.0):
+        wanted = ShrunkCovariance(shrinkage=share).fit(x.double().numpy()).covariance_
+        got = shrink_by(Moments(20).update(x), share)
+        np.testing.assert_allclose(got.covariance.numpy(), wanted, atol=1e-6)
+        assert got.shrinkage == share
+    with pytest.raises(ValueError, match=r"shrink_by: shrinkage must be from 0 to 1, got 1\.5"):
+        shrink_by(Moments(20).update(x), 1.5)
+    with pytest.raises(ValueError, match="shrink_by: needs at least one row, got none"):
+        shrink_by(Moments(20), 0.5)

@@ -5,7 +5,7 @@ import pytest
 import scipy.spatial.distance
 import scipy.stats
 import torch
-from sklearn.covariance import LedoitWolf
+from sklearn.covariance import LedoitWolf, ShrunkCovariance
 from sklearn.decomposition import PCA
 
 from planmill.kernels.moments import (
@@ -47,6 +47,23 @@ def test_per_position_equals_the_published_form(generator: torch.Generator) -> N
     half = PositionGaussians.fit(good)(new)
     torch.testing.assert_close(half.double(), truth, atol=0, rtol=1e-2)
     assert PositionGaussians.fit(good).factor.element_size() * 45 == 90  # 45 of 81 numbers, two bytes each
+
+
+def test_a_given_shrinkage(generator: torch.Generator) -> None:
+    """Oracle: scikit-learn (BSD-3), whose covariances have the divisor N; PaDiM's have N - 1."""
+    good = torch.randn(8, 3, 10, generator=generator) * 2 + 1
+    new = torch.randn(5, 3, 10, generator=generator)
+    model = ShrunkCovariance(shrinkage=0.2)
+    one = GaussianDetector.fit(good[:, 0], shrinkage=0.2)(new[:, 0])
+    of_places = PositionGaussians.fit(good, shrinkage=0.2, regularization=0.0, dtype=torch.float32)(new)
+    for p in range(3):
+        squares = model.fit(good[:, p].double().numpy()).mahalanobis(new[:, p].double().numpy())
+        np.testing.assert_allclose(of_places[:, p].numpy(), np.sqrt(squares * 7 / 8), rtol=1e-4)
+        if p == 0:
+            np.testing.assert_allclose(one.numpy(), np.sqrt(squares), rtol=1e-4)
+    for fit in (GaussianDetector.fit, PositionGaussians.fit):
+        with pytest.raises(ValueError, match="shrinkage must be from 0 to 1"):
+            fit(good[:, 0] if fit == GaussianDetector.fit else good, shrinkage=-0.1)
 
 
 def test_detector_is_ledoit_wolf(generator: torch.Generator) -> None:
