@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import nn
 
 from planmill.engine.errors import PlanError
-from planmill.kernels.routing import find_conversion
+from planmill.kernels import find_conversion
 
 
 class Accelerated(NamedTuple):
@@ -25,9 +25,9 @@ class Accelerated(NamedTuple):
 def accelerate(model: nn.Module) -> Accelerated:
     """A twin of a model in which every block that Planmill has a layer for is that layer.
 
-    Replaced are the sparse mixture-of-experts blocks of transformers (Mixtral, Qwen2-MoE, Qwen3-MoE, DeepSeek-V3). The
-    twin shares parameters and buffers with the model (training one trains the other), except where a layer keeps them
-    in another layout. The model itself is not changed.
+    Replaced are the sparse mixture-of-experts blocks of transformers (Mixtral, Qwen2-MoE, Qwen3-MoE, DeepSeek-V3) and
+    timm's HaloAttn: what `find_conversion` knows. The twin shares parameters and buffers with the model (training one
+    trains the other), except where a layer keeps them in another layout. The model itself is not changed.
 
     Args:
         model: any module; blocks are known by their class.

@@ -10,6 +10,7 @@ import pkgutil
 from typing import TYPE_CHECKING, Any
 
 from planmill.kernels.common.backends import Choice, which
+from planmill.kernels.common.conversions import find_conversion
 from planmill.kernels.common.cpu import cpu_capabilities, cpu_capability
 from planmill.kernels.common.spec import REGISTRY, Case, OpSpec
 
@@ -18,7 +19,18 @@ if TYPE_CHECKING:  # families are found below, where a type checker does not loo
     def __getattr__(name: str) -> Any: ...
 
 
-__all__ = ["REGISTRY", "Case", "Choice", "OpSpec", "cpu_capabilities", "cpu_capability", "families", "ops", "which"]
+__all__ = [
+    "REGISTRY",
+    "Case",
+    "Choice",
+    "OpSpec",
+    "cpu_capabilities",
+    "cpu_capability",
+    "families",
+    "find_conversion",
+    "ops",
+    "which",
+]
 
 
 def families() -> list[str]:

@@ -1,4 +1,4 @@
-"""accelerate, and plans of models with sparse mixtures of experts: ours, and transformers' blocks replaced by ours."""
+"""accelerate, and plans of the models that it makes: blocks of transformers and timm replaced by ours."""
 
 import importlib
 import sys
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from planmill.engine import DynamicDim, PlanError, Session, accelerate, build
+from planmill.kernels.attention import HaloAttention
 from planmill.kernels.routing import SparseMoE
 
 
@@ -81,6 +82,22 @@ def test_a_whole_model_of_transformers() -> None:
     torch.testing.assert_close(got.last_hidden_state, want.last_hidden_state, atol=1e-5, rtol=1e-5)
 
 
+def test_a_whole_model_of_timm() -> None:
+    """timm's halonet26t (Apache-2.0): three of its blocks attend to a halo, one of them with stride 2."""
+    import timm
+
+    torch.manual_seed(0)
+    model = timm.create_model("halonet26t", num_classes=7).eval()
+    twin, replaced = accelerate(model)
+    assert replaced == ["stages.2.1.self_attn", "stages.3.0.self_attn", "stages.3.1.self_attn"]
+    assert all(isinstance(twin.get_submodule(name), HaloAttention) for name in replaced)
+    assert {id(p) for p in twin.parameters()} == {id(p) for p in model.parameters()}
+    x = torch.randn(1, 3, 256, 256)
+    with torch.no_grad():
+        want, got = model(x), twin(x)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+
+
 def test_nothing_to_replace(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(4, 3)).eval()
     assert accelerate(model).replaced == []
@@ -105,6 +122,21 @@ def test_plan_of_an_accelerated_model(published: Encoder, tmp_path: Path) -> Non
         x = torch.randn(batch, 9, 6)
         (logits,) = session.run(x).values()
         torch.testing.assert_close(logits, published(x), atol=1e-5, rtol=1e-5)
+
+
+def test_plan_of_an_accelerated_model_of_timm(tmp_path: Path) -> None:
+    from timm.layers.halo_attn import HaloAttn
+
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 4, 4), HaloAttn(16, num_heads=2, block_size=4, halo_size=1), nn.ReLU(),
+        HaloAttn(16, 8, stride=2, num_heads=2, block_size=4, halo_size=1),
+    ).eval()  # fmt: skip
+    plan = build(model, torch.randn(1, 3, 32, 16), tmp_path / "a.plan", dynamic=None, accelerate=True)
+    assert plan.manifest.ops == ["planmill::halo_attention"]
+    x = torch.randn(1, 3, 32, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(Session(tmp_path / "a.plan")(x), model(x), atol=1e-5, rtol=1e-5)
 
 
 def test_plan_in_bf16_of_a_model_with_sparse_moe(tmp_path: Path) -> None:

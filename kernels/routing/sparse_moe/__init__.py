@@ -1,6 +1,5 @@
 """Sparse mixture-of-experts layers that take the weights of the published models."""
 
-from planmill.kernels.routing.sparse_moe.convert import find_conversion
 from planmill.kernels.routing.sparse_moe.layer import SparseMoE
 
-__all__ = ["SparseMoE", "find_conversion"]
+__all__ = ["SparseMoE"]

@@ -16,27 +16,6 @@ CLASSES = {"MixtralSparseMoeBlock": "from_mixtral", "Qwen2MoeSparseMoeBlock": "f
            "Qwen3MoeSparseMoeBlock": "from_qwen", "DeepseekV3MoE": "from_deepseek"}  # fmt: skip
 
 
-def find_conversion(module: nn.Module, layer: Any = None) -> Callable[..., "SparseMoE"] | None:
-    """The constructor that makes a SparseMoE of a module of a published family, chosen by the name of its class.
-
-    Args:
-        module: any module; "MixtralSparseMoeBlock" and the like, of transformers, are known.
-        layer: the class to make; None: SparseMoE.
-
-    Returns:
-        The bound constructor, e.g. `SparseMoE.from_mixtral`, or None where there is none.
-
-    Raises:
-        Nothing: what does not fit, the constructor says.
-
-    Source: the class names of transformers 5.
-    """
-    if layer is None:
-        from planmill.kernels.routing.sparse_moe.layer import SparseMoE as layer
-    name = CLASSES.get(type(module).__name__)
-    return None if name is None else getattr(layer, name)
-
-
 def tensors_of(module: nn.Module) -> dict[str, torch.Tensor]:
     """Parameters and buffers by name, the objects themselves."""
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from planmill.kernels.common.conversions import register_conversion
 from planmill.kernels.routing.expert_mixture import mix_experts
 from planmill.kernels.routing.router_logits import score_experts
 from planmill.kernels.routing.sparse_moe import convert
@@ -217,16 +218,16 @@ class SparseMoE(nn.Module):
 
     @classmethod
     def from_module(cls, module: nn.Module, **options: Any) -> "SparseMoE":
-        """The layer of a published module, chosen by its class (`find_conversion`).
+        """The layer of a published module, chosen by its class.
 
         Raises:
             ValueError: no conversion of that class.
         """
-        build = convert.find_conversion(module, cls)
-        if build is None:
+        constructor = convert.CLASSES.get(type(module).__name__)
+        if constructor is None:
             known = ", ".join(convert.CLASSES)
             raise ValueError(f"SparseMoE: no conversion of {type(module).__name__}; there are {known}")
-        return build(module, **options)
+        return getattr(cls, constructor)(module, **options)
 
 
 def _read_published(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -235,3 +236,7 @@ def _read_published(module: nn.Module, state: dict[str, Any], prefix: str, *_: A
     state |= {
         prefix + name: value for name, value in read_layout({n[len(prefix) :]: v for n, v in own.items()}).items()
     }
+
+
+for _class, _constructor in convert.CLASSES.items():
+    register_conversion(_class, getattr(SparseMoE, _constructor))

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from planmill.kernels.routing import SparseMoE, expert_capacity, find_conversion
+from planmill.kernels import find_conversion
+from planmill.kernels.routing import SparseMoE, expert_capacity
 
 D, E = 24, 8
 

@@ -1,0 +1,42 @@
+"""Plans of small models of the attention family: built, proven by their receipt, run at another batch size."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from planmill.engine import DynamicDim, Session, build
+from planmill.kernels.attention import HaloAttention
+
+
+class Residual(nn.Module):
+    """x + block(x)."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.block(x)
+
+
+def halo_attention() -> tuple[nn.Module, torch.Tensor, set[str]]:
+    blocks = [Residual(HaloAttention(8, num_heads=2, block_size=4, halo_size=1)) for _ in range(2)]
+    return nn.Sequential(*blocks), torch.randn(2, 8, 8, 4), {"planmill::halo_attention"}
+
+
+MODELS: list[Callable[[], tuple[nn.Module, torch.Tensor, set[str]]]] = [halo_attention]
+
+
+@pytest.mark.parametrize("make", MODELS, ids=lambda make: make.__name__)
+def test_plan(make: Callable[[], tuple[nn.Module, torch.Tensor, set[str]]], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x, ops = make()
+    plan = build(model.eval(), x, tmp_path / "a.plan", dynamic=DynamicDim("batch", 1, 2, 4))
+    assert ops <= set(plan.manifest.ops)
+    assert plan.manifest.receipt.outputs[0].cosine > 0.999999
+    more = torch.randn(3, *x.shape[1:])
+    with torch.no_grad():
+        torch.testing.assert_close(Session(tmp_path / "a.plan")(more), model(more), atol=1e-4, rtol=1e-4)
