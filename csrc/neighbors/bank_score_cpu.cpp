@@ -1,5 +1,6 @@
 // bank_score and segmented_max on the CPU: the best row of each segment for every query.
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <algorithm>

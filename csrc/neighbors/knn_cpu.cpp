@@ -2,6 +2,8 @@
 // nearest, and these are evaluated again in float32. The screen is in bytes where k rows of many are looked for; queries
 // to which too many rows look alike in bytes are screened again in 16 bits.
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/tensor.h>
 #include <torch/library.h>
 
 #include <algorithm>

@@ -1,5 +1,6 @@
 // mutual_score on the CPU: each unordered pair of images once, row and column minima from the same tile.
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <algorithm>

@@ -3,9 +3,10 @@
 // The scale of the LayerNorm and the divisor of the average cancel when a row is brought to length one, so that a row is
 // sum(x - mean) over its window, divided by its length. The mean is kept as a sum of two floats: x - high is exact where x
 // is near the mean, so that an image far from the origin loses nothing.
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <algorithm>

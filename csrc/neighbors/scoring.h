@@ -1,7 +1,7 @@
 // From tables of patch-to-image distances to scores, and the plain path for small or local problems.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 #include "neighbors/screening.h"
 

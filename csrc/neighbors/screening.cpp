@@ -1,6 +1,7 @@
 #include "neighbors/screening.h"
 
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
 
 #include <atomic>
 #include <cmath>

@@ -1,7 +1,7 @@
 // What the neighbour ops share: rows brought near the origin, packed for a ScreenKernels, and screened block by block.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 #include <vector>
 

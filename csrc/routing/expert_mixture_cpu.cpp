@@ -6,8 +6,10 @@
 // 3. Second product: the same tasks over the hidden rows; results go to the row of their assignment, (t, j).
 // 4. Results are weighted and summed in the order of j.
 // Tasks are handed out one by one, so that unequal experts and a busy core cost little.
-#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>

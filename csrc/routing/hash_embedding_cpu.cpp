@@ -1,5 +1,6 @@
 // hash_embedding on the CPU: a block of table rows is hashed and asked of the memory before the first of them is read.
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <algorithm>

@@ -2,8 +2,11 @@
 //
 // A linear layer writes its bias into the result and adds the product to it. Here the bias and the adapters' part are written
 // in that one pass, so that mixing adapters costs the product with `down` and no other pass over the result.
-#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/matmul.h>
 #include <torch/library.h>
 
 #include <algorithm>

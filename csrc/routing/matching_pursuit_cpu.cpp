@@ -2,6 +2,8 @@
 // that could be a residual's best are evaluated in float32, as are those that nearly were at the step before: they tell
 // from the start of a step how large a correlation has to be.
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/tensor.h>
 #include <torch/library.h>
 
 #include <algorithm>

@@ -1,7 +1,8 @@
 // router_logits on the CPU: the block products of expert_mixture, so that every sum runs over the channels in order and
 // a token's logits have the same bits in every batch.
-#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>

@@ -1,7 +1,7 @@
 // The RowKernels of the instruction set in use, and the element type of a tensor.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 #include "routing/rows.h"
 

@@ -1,6 +1,7 @@
 // slot_weights on the CPU: columns in blocks of two vectors, which stay in the first-level cache over their passes, and rows.
-#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <algorithm>

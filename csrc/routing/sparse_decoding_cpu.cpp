@@ -1,6 +1,7 @@
 // sparse_decoding on the CPU: k rows of the dictionary summed per token, four at a time, while the next four are fetched.
-#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <algorithm>

@@ -3,6 +3,7 @@
 #include "routing/sparse_encoding_cpu.h"
 
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <cmath>

@@ -1,7 +1,7 @@
 // What the two ways of sparse_encoding share: one that reads all weights in float32, one that screens them first.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 #include <algorithm>
 #include <cmath>

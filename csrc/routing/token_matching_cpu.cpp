@@ -1,5 +1,6 @@
 // token_matching on the CPU: the screened search of the neighbours, on the rows that the partition names.
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <limits>

@@ -1,5 +1,6 @@
 // token_merging on the CPU: each output row is the sum or mean of the rows that its list names, in that order.
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <algorithm>

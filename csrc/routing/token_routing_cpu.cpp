@@ -1,6 +1,7 @@
 // token_routing on the CPU: tokens in parallel, then, where an expert takes only so many, one exact count per group.
-#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <algorithm>
