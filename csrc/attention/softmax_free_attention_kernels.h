@@ -68,7 +68,7 @@ void gaussian(const SoftHead& head, const float* x, const float* half_squares, i
   for (int64_t r = 0; r < rows; ++r, c += ld) {
     const auto own = V::set1(half_squares[r]);
     for (int64_t j = 0; j < ld; j += V::kWidth) {
-      // Rounding can leave a square below zero. Constants come first: min and max give their second operand for NaN.
+      // Rounding can leave a square below zero. Zero comes first: min gives its second operand for NaN.
       const auto exponent = V::sub(V::load(c + j), V::add(own, V::load(head.half_norms + j)));
       V::store(c + j, exp_below_or_nan<V>(V::min(V::zero(), exponent)));
     }
