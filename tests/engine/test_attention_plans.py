@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from planmill.engine import DynamicDim, Session, build
-from planmill.kernels.attention import HaloAttention
+from planmill.kernels.attention import GatedLinearAttention, HaloAttention, ViGAttention
 
 
 class Residual(nn.Module):
@@ -27,7 +27,12 @@ def halo_attention() -> tuple[nn.Module, torch.Tensor, set[str]]:
     return nn.Sequential(*blocks), torch.randn(2, 8, 8, 4), {"planmill::halo_attention"}
 
 
-MODELS: list[Callable[[], tuple[nn.Module, torch.Tensor, set[str]]]] = [halo_attention]
+def gated_linear_attention() -> tuple[nn.Module, torch.Tensor, set[str]]:
+    blocks = [Residual(GatedLinearAttention(8, 2)), Residual(ViGAttention(8, 2))]
+    return nn.Sequential(*blocks), torch.randn(2, 9, 8), {"planmill::gated_linear_attention"}
+
+
+MODELS: list[Callable[[], tuple[nn.Module, torch.Tensor, set[str]]]] = [halo_attention, gated_linear_attention]
 
 
 @pytest.mark.parametrize("make", MODELS, ids=lambda make: make.__name__)

@@ -254,7 +254,7 @@ def test_arguments_are_read_from_a_module() -> None:
     published = Published(random_parameters(GatedLinearAttention(18, 3, key_ratio=1 / 3, eps=1e-3)))
     layer = GatedLinearAttention.from_fla(published)
     assert (layer.heads, layer.gate_divisor, layer.clamp_min, layer.g_norm_swish_gate.eps) == (3, 8.0, -0.5, 1e-3)
-    assert layer.q_proj.weight is published.q_proj.weight
+    assert layer.q_proj.weight is published.get_parameter("q_proj.weight")
     source = ViGAttention(18, 3, conv_activation=False, conv_bias=True, eps=1e-3)
     vig = ViGAttention.from_vig(Published(random_parameters(source), out_act=nn.SiLU()))
     assert (vig.heads, vig.gate_divisor, vig.clamp_min, vig.g_norm.eps, vig.out_activation) == (
