@@ -1,6 +1,7 @@
-"""The README's table of measured ratios, from the newest rows in results/; `python benchmarks/readme.py` writes it.
+"""The tables of measured ratios, from the newest rows in results/; `python benchmarks/readme.py` writes them.
 
-It holds the ratios that an issue asks for; `planmill bench` and results/ have the others.
+docs/measured.md holds every ratio that is asked for, the README of each op and dtype the one that is furthest from what
+is asked, or least above it; `planmill bench` and results/ have the others.
 """
 
 import json
@@ -48,10 +49,28 @@ def time_asked(row: Row) -> str:
     return "".join(f" (asked: {limit:g} ms)" if limit >= 0.1 else f" (asked: {limit * 1e3:g} us)" for limit in limits)
 
 
-def table(rows: list[Row]) -> str:
+def goal_of(row: Row) -> float:
+    """The ratio asked for on this machine, or where it is asked only of others, theirs; 0 where none is."""
+    goals = [goal for goal in row["goals"] if goal["kind"] == "ratio"]
+    judged = [goal["asked"] for goal in goals if goal["met"] is not None]
+    return max(judged or [goal["asked"] for goal in goals], default=0.0)
+
+
+def hardest(rows: list[Row]) -> list[Row]:
+    """Of each op and dtype the row with the least of what is asked."""
+    found: dict[tuple[str, str], Row] = {}
+    for row in rows:
+        key = (row["op"], row["dtype"])
+        if key not in found or row["ratio"] / goal_of(row) < found[key]["ratio"] / goal_of(found[key]):
+            found[key] = row
+    return list(found.values())
+
+
+def table(rows: list[Row], whole: bool) -> str:
     """Markdown: the machine, the ratios, and the costs that have no ratio worth reading."""
     costs = {(row["op"], row["case"]): row for row in rows if row["op"] in COSTS}
-    rows = [row for row in rows if row["op"] not in COSTS and any(goal["kind"] == "ratio" for goal in row["goals"])]
+    rows = [row for row in rows if row["op"] not in COSTS and goal_of(row)]
+    rows = sorted(rows, key=lambda row: row["op"]) if whole else hardest(rows)
     machines = sorted(
         {
             f"{row['versions']['cpu']}, {row['versions']['threads']} threads, {row['impl']}"
@@ -69,13 +88,15 @@ def table(rows: list[Row]) -> str:
     return "\n".join([*lines, "", f"Also measured: {'; '.join(said)}."])
 
 
-def rendered(text: str, folder: Path) -> str:
-    """The README with its table made anew."""
+def rendered(text: str, folder: Path, whole: bool) -> str:
+    """A page with its table made anew."""
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{table(newest(folder))}\n{END}{after}"
+    return f"{before}{BEGIN}\n{table(newest(folder), whole)}\n{END}{after}"
 
+
+PAGES = {ROOT / "README.md": False, ROOT / "docs" / "measured.md": True}  # the page, and whether it holds every ratio
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    readme.write_text(rendered(readme.read_text(), ROOT / "benchmarks" / "results"))
+    for page, whole in PAGES.items():
+        page.write_text(rendered(page.read_text(), ROOT / "benchmarks" / "results", whole))
