@@ -1,4 +1,4 @@
-"""Blocks of transformers as peers, imported where a checkout is on the path and torchvision does not fit torch."""
+"""Blocks of transformers and timm as peers, imported where a checkout is on the path and torchvision misfits torch."""
 
 import importlib
 import sys
@@ -11,8 +11,8 @@ import torch
 _KEPT: list[torch.library.Library] = []  # definitions live as long as these
 
 
-def modeling(family: str) -> Any:
-    """`transformers.models.<family>.modeling_<family>`.
+def load(module: str) -> Any:
+    """A module of transformers or timm by its full name.
 
     transformers takes the checkout's kernels/ for a package of its own, so the checkout is off the path meanwhile; and
     torchvision beside torch's CPU wheel needs the schemas of two ops to exist before it can be imported.
@@ -23,4 +23,9 @@ def modeling(family: str) -> Any:
             _KEPT[0].define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     root = str(Path(__file__).resolve().parents[1])
     with mock.patch.object(sys, "path", [entry for entry in sys.path if entry not in ("", root)]):
-        return importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+        return importlib.import_module(module)
+
+
+def modeling(family: str) -> Any:
+    """`transformers.models.<family>.modeling_<family>`."""
+    return load(f"transformers.models.{family}.modeling_{family}")

@@ -20,6 +20,9 @@ def rounded_width(width: float) -> int:
 class RelativePositions(nn.Module):
     """The two tables of relative positions, [2 win - 1, d]."""
 
+    height_rel: nn.Parameter
+    width_rel: nn.Parameter
+
     def __init__(self, window: int, d: int, device: torch.device | None, dtype: torch.dtype | None) -> None:
         super().__init__()
         for name in ("height_rel", "width_rel"):
