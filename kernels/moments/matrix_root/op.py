@@ -41,11 +41,11 @@ def matrix_sqrt(s: torch.Tensor, *, iterations: int = 5, mode: str = "newton", i
         inverse: S^(-1/2) instead of S^(1/2).
 
     Returns:
-        float32, the shape of `s`; computed in float32 ("exact": float64). A trace of zero gives zeros, a matrix with NaN,
-        infinity or a negative trace gives NaN, and does not touch others of the batch. "exact" takes eigenvalues below
-        D 2^-52 of the largest as zero and leaves their directions out of an inverse (the pseudo-inverse); "newton" gives
-        them 1.5^T / sqrt(tr S). A converged inverse is as good as float32 allows: eigenvalues below 1e-7 of the
-        largest are noise.
+        float32, the shape of `s`; computed in float32 ("exact": float64). A trace of zero gives zeros, a matrix with
+        NaN, infinity or a negative trace gives NaN, and does not touch others of the batch. "exact" takes eigenvalues
+        below D 2^-52 of the largest as zero and leaves their directions out of an inverse (the pseudo-inverse);
+        "newton" gives them 1.5^T / sqrt(tr S). A converged inverse is as good as float32 allows: eigenvalues below 1e-7
+        of the largest are noise.
 
     Raises:
         ValueError: no square matrices, fewer than one iteration, an unknown mode.
