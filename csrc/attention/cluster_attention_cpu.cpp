@@ -92,6 +92,9 @@ void attend_heads(const ClusterKernels& kernels, const Attention& a, int64_t fir
       for (int64_t n = from; n < std::min(from + kTokensOfATask, tokens); ++n) {
         const int32_t start = of.starts[static_cast<size_t>(n)], found = of.starts[static_cast<size_t>(n) + 1] - start;
         chosen.resize(std::max(chosen.size(), static_cast<size_t>(found)));
+        const auto ahead = static_cast<size_t>(start + found) + 8;  // rows of the next tokens lie anywhere
+        if (ahead < of.slots.size())
+          for (int64_t d = 0; d < padded; d += 16) __builtin_prefetch(rows + (head * per_head + of.slots[ahead]) * padded + d);
         for (int32_t s = 0; s < found; ++s)
           chosen[static_cast<size_t>(s)] = rows + (head * per_head + of.slots[static_cast<size_t>(start + s)]) * padded;
         kernels.combine(chosen.data(), found, width, element_of(out),

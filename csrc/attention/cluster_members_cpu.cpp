@@ -11,7 +11,6 @@
 #include <vector>
 
 #include "attention/clusters_of.h"
-#include "neighbors/shortlist.h"
 
 namespace planmill {
 namespace {
@@ -19,10 +18,11 @@ namespace {
 constexpr int64_t kTokens = 64;              // of a tile of scores
 constexpr int64_t kMost = 64, kLeast = 16;   // clusters of a block
 
-struct Scored {
-  float score;
-  int32_t token;
-  bool operator<(const Scored& other) const { return score > other.score || (score == other.score && token < other.token); }
+// The best tokens of one cluster so far, in the order of the tokens, and then those that came since.
+struct Candidates {
+  std::vector<float> scores;
+  std::vector<int32_t> tokens;
+  int64_t count = 0;
 };
 
 // Members of clusters [first, first + count) of one head: out [count, window].
@@ -33,12 +33,23 @@ void choose(const ClusterKernels& kernels, const HeadRows& x, int64_t tokens, co
   std::vector<float> scores(static_cast<size_t>(kTokens * padded));
   std::vector<float> thresholds(static_cast<size_t>(padded), std::numeric_limits<float>::infinity());
   std::vector<int32_t> columns(static_cast<size_t>(padded));
-  std::fill_n(thresholds.begin(), count, std::nanf(""));
+  std::fill_n(thresholds.begin(), count, std::nanf(""));  // until there are enough, every token is kept
   for (int64_t c = 0; c < count; ++c)
     for (int64_t d = 0; d < x.width; ++d) means[static_cast<size_t>(d * padded + c)] = centroids[c * x.width + d];
-  std::vector<Best<Scored>> best;
-  best.reserve(static_cast<size_t>(count));
-  for (int64_t c = 0; c < count; ++c) best.emplace_back(window);
+  const int64_t capacity = 2 * window + kTokens;
+  std::vector<Candidates> candidates(static_cast<size_t>(count));
+  for (auto& of : candidates) {
+    of.scores.resize(static_cast<size_t>(capacity + kernels.width));
+    of.tokens.resize(static_cast<size_t>(capacity));
+  }
+  const auto cut = [&](size_t c) {
+    Candidates& of = candidates[c];
+    if (of.count <= window) return;
+    float floor = std::isnan(thresholds[c]) ? -std::numeric_limits<float>::infinity() : thresholds[c];
+    kernels.keep_largest(of.scores.data(), of.tokens.data(), of.count, window, floor);
+    of.count = window;
+    thresholds[c] = floor;
+  };
   for (int64_t first = 0; first < tokens; first += kTokens) {
     const int64_t here = std::min(kTokens, tokens - first);
     kernels.score(x, first, here, means.data(), padded, unit.data(), scores.data());
@@ -47,16 +58,16 @@ void choose(const ClusterKernels& kernels, const HeadRows& x, int64_t tokens, co
       const int64_t found = kernels.above(row, thresholds.data(), padded, columns.data());
       for (int64_t i = 0; i < found; ++i) {
         const auto c = static_cast<size_t>(columns[static_cast<size_t>(i)]);
-        best[c].add({row[c], static_cast<int32_t>(first + t)});
-        if (best[c].worst() != nullptr) thresholds[c] = best[c].worst()->score;
+        Candidates& of = candidates[c];
+        of.scores[static_cast<size_t>(of.count)] = row[c];
+        of.tokens[static_cast<size_t>(of.count)] = static_cast<int32_t>(first + t);
+        if (++of.count == capacity) cut(c);
       }
     }
   }
   for (int64_t c = 0; c < count; ++c) {
-    const auto& members = best[static_cast<size_t>(c)].sorted();
-    int32_t* row = out + c * window;
-    for (int64_t i = 0; i < window; ++i) row[i] = members[static_cast<size_t>(i)].token;
-    std::sort(row, row + window);
+    cut(static_cast<size_t>(c));
+    std::copy_n(candidates[static_cast<size_t>(c)].tokens.begin(), window, out + c * window);
   }
 }
 

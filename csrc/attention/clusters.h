@@ -38,6 +38,10 @@ struct ClusterKernels {
   // The columns of one row of scores that are above their thresholds (NaN: everything is), ascending; returns how many.
   int64_t (*above)(const float* scores, const float* thresholds, int64_t padded, int32_t* columns);
 
+  // Which `wanted` of `count` scores are largest, the earlier of equal ones: moved to the front with their tokens, in their
+  // order. None is below `floor`, which becomes one that any further score must be above. There is room for a vector more.
+  void (*keep_largest)(float* scores, int32_t* tokens, int64_t count, int64_t wanted, float& floor);
+
   int64_t (*attend_scratch)(const Cluster& cluster);  // floats
   // out [queries, v.width padded]: the attention of one cluster.
   void (*attend)(const Cluster& cluster, float* scratch, float* out);

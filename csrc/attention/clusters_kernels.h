@@ -41,6 +41,15 @@ void load_token(const HeadRows& x, int64_t token, float factor, float* out) {
   else widen<V, Half>(row, x.width, factor, out);
 }
 
+// Rows of a cluster lie anywhere: some of them are on their way while one is read.
+constexpr int64_t kAhead = 8;
+
+inline void fetch_token(const HeadRows& x, const int32_t* members, int64_t i, int64_t count) {
+  if (i + kAhead >= count) return;
+  const char* row = static_cast<const char*>(x.data) + members[i + kAhead] * x.stride * bytes_of(x.type);
+  for (int64_t byte = 0; byte < x.width * bytes_of(x.type); byte += 64) __builtin_prefetch(row + byte);
+}
+
 // row / max(|row|, epsilon), in place; rows whose squares would leave the range are brought into it first.
 template <class V>
 void normalise(float* row, int64_t width) {
@@ -94,6 +103,47 @@ int64_t above_thresholds(const float* scores, const float* thresholds, int64_t p
   return found;
 }
 
+// Floats as integers of the same order, and back.
+inline int64_t ordinal(float x) {
+  const auto bits = __builtin_bit_cast(int32_t, x);
+  return bits ^ ((bits >> 31) & 0x7fffffff);
+}
+
+inline float of_ordinal(int64_t n) {
+  const auto bits = static_cast<int32_t>(n);
+  return __builtin_bit_cast(float, bits ^ ((bits >> 31) & 0x7fffffff));
+}
+
+// By bisection: a count is a few comparisons of vectors, and no branch depends on a score.
+template <class V>
+void keep_largest(float* scores, int32_t* tokens, int64_t count, int64_t wanted, float& floor) {
+  const int64_t padded = padded_to<V>(count);
+  for (int64_t i = count; i < padded; ++i) scores[i] = kMinusInfinity;  // never counted: no trial is as low
+  auto top = V::set1(kMinusInfinity);
+  for (int64_t i = 0; i < padded; i += V::kWidth) top = V::max(top, V::load(scores + i));
+  int64_t low = ordinal(floor), high = ordinal(V::max_lane(top)) + 1;  // at least `wanted` are at or above low, not at high
+  bool exact = false;
+  while (high - low > 1 && !exact) {
+    const int64_t middle = low + (high - low) / 2;
+    const auto trial = V::set1(of_ordinal(middle));
+    int64_t found = 0;
+    for (int64_t i = 0; i < padded; i += V::kWidth) found += __builtin_popcount(V::mask_ge(V::load(scores + i), trial));
+    (found >= wanted ? low : high) = middle;
+    exact = found == wanted;
+  }
+  floor = of_ordinal(low);
+  int64_t ties = wanted;  // of those that equal the floor; what is above it goes first
+  for (int64_t i = 0; i < count; ++i) ties -= scores[i] > floor;
+  int64_t kept = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const bool tied = scores[i] == floor && ties > 0;
+    ties -= tied;
+    scores[kept] = scores[i];
+    tokens[kept] = tokens[i];
+    kept += scores[i] > floor || tied;
+  }
+}
+
 // The operands of one cluster in scratch: keys in the columns, values in the rows, a tile of queries and their logits.
 template <class V>
 struct ClusterTile {
@@ -129,6 +179,7 @@ struct ClusterTile {
         if (key < 0) {
           for (int64_t d = 0; d < depth; ++d) rows[i * depth + d] = c.memory_k[(j + i) * depth + d];
         } else {
+          fetch_token(c.k, c.k_members, key, c.keys);
           load_token<V>(c.k, c.k_members[key], 1.0f, rows + i * depth);
           if (c.shared) normalise<V>(rows + i * depth, depth);
         }
@@ -137,10 +188,12 @@ struct ClusterTile {
     }
     for (int64_t j = 0; j < all; ++j) {
       float* row = value_rows + j * values;
-      if (j < c.memory)
+      if (j < c.memory) {
         for (int64_t d = 0; d < c.v.width; ++d) row[d] = c.memory_v[j * c.v.width + d];
-      else
+      } else {
+        fetch_token(c.v, c.k_members, j - c.memory, c.keys);
         load_token<V>(c.v, c.k_members[j - c.memory], 1.0f, row);
+      }
       for (int64_t d = c.v.width; d < values; ++d) row[d] = 0.0f;
     }
     for (int64_t j = 0; j < columns; ++j) {
@@ -215,6 +268,7 @@ struct ClusterTile {
     for (int64_t i = 0; i < rows; ++i) {
       limits[i] = limit(first + i);
       most = limits[i] > most ? limits[i] : most;
+      fetch_token(c.q, c.q_members, first + i, c.queries);
       load_token<V>(c.q, c.q_members[first + i], c.scale, queries + i * depth);
     }
     const int64_t end = padded_to<V>(most);
@@ -272,7 +326,8 @@ void combine_rows(const float* const* rows, int64_t count, int64_t width, Elemen
 
 template <class V>
 constexpr ClusterKernels cluster_kernels() {
-  return {V::kWidth, &score_tokens<V>, &above_thresholds<V>, &attend_scratch<V>, &attend_cluster<V>, &combine_rows<V>};
+  return {V::kWidth, &score_tokens<V>, &above_thresholds<V>, &keep_largest<V>,
+          &attend_scratch<V>, &attend_cluster<V>, &combine_rows<V>};
 }
 
 }  // namespace

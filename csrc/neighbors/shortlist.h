@@ -20,8 +20,6 @@ class Best {
     kept_.push_back(item);
     if (kept_.size() == 2 * k_ + 64) cut();
   }
-  // What the next item must be below; null as long as anything is kept.
-  const T* worst() const { return full_ ? &worst_ : nullptr; }
   void cut() {
     if (kept_.size() <= k_) return;
     std::nth_element(kept_.begin(), kept_.begin() + static_cast<int64_t>(k_) - 1, kept_.end());
