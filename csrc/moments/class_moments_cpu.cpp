@@ -14,6 +14,7 @@
 namespace planmill {
 namespace {
 
+constexpr int64_t kRun = 512;
 constexpr int64_t kRowsOfTask = 256;  // rows averaged by one thread before another may help
 
 struct Groups {
@@ -36,21 +37,33 @@ Groups group(const int64_t* labels, int64_t n, int64_t classes) {
   return groups;
 }
 
+// The mean of the rows of one class, relative to the first of them: float32 over at most kRun rows, double beyond.
+void average_rows(const CovarianceKernels& kernels, const float* x, const int64_t* rows, int64_t count, int64_t d,
+                  float* mean) {
+  std::vector<float> pivot(x + rows[0] * d, x + (rows[0] + 1) * d), run(static_cast<size_t>(d));
+  std::vector<double> sum(static_cast<size_t>(d));
+  for (float& value : pivot)
+    if (value - value != 0.0f) value = 0.0f;  // NaN and infinity are left to the sum
+  for (int64_t first = 0; first < count; first += kRun) {
+    const int64_t last = std::min(first + kRun, count);
+    std::fill(run.begin(), run.end(), 0.0f);
+    for (int64_t r = first; r < last; ++r)
+      kernels.accumulate(x + rows[r] * d, pivot.data(), x + rows[std::min(r + 1, count - 1)] * d, d, run.data());
+    for (int64_t c = 0; c < d; ++c) sum[c] += run[c];
+  }
+  for (int64_t c = 0; c < d; ++c) mean[c] = static_cast<float>(pivot[c] + sum[c] / static_cast<double>(count));
+}
+
 void average(const at::Tensor& x, const Groups& groups, int64_t classes, float* means) {
   const int64_t d = x.size(1), n = static_cast<int64_t>(groups.rows.size());
+  const CovarianceKernels& kernels = covariance_kernels();
   const float* source = x.const_data_ptr<float>();
   const int64_t grain = std::max<int64_t>(1, kRowsOfTask * classes / std::max<int64_t>(n, 1));
   at::parallel_for(0, classes, grain, [&](int64_t begin, int64_t end) {
-    std::vector<double> sum(static_cast<size_t>(d));
     for (int64_t k = begin; k < end; ++k) {
-      const int64_t first = groups.first[k], last = groups.first[k + 1];
-      std::fill(sum.begin(), sum.end(), 0.0);
-      for (int64_t r = first; r < last; ++r) {
-        const float* row = source + groups.rows[r] * d;
-        for (int64_t c = 0; c < d; ++c) sum[c] += row[c];
-      }
-      const double count = std::max<double>(1.0, static_cast<double>(last - first));
-      for (int64_t c = 0; c < d; ++c) means[k * d + c] = static_cast<float>(sum[c] / count);
+      const int64_t first = groups.first[k], count = groups.first[k + 1] - first;
+      if (count == 0) std::fill(means + k * d, means + (k + 1) * d, 0.0f);
+      else average_rows(kernels, source, groups.rows.data() + first, count, d, means + k * d);
     }
   });
 }
@@ -69,7 +82,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> class_moments(const at::Tensor& f
   average(x, groups, classes, means.data_ptr<float>());
   if (d == 0) return {means, scatter, counts};
 
-  ProductSums sums(covariance_kernels(), d);
   std::vector<const float*> pivots;  // of the labelled rows
   std::vector<int64_t> labelled;
   const int64_t* label = y.const_data_ptr<int64_t>();
@@ -77,12 +89,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> class_moments(const at::Tensor& f
     if (label[row] >= 0) pivots.push_back(means.const_data_ptr<float>() + label[row] * d), labelled.push_back(row);
   const auto count = static_cast<int64_t>(labelled.size());
   const at::Tensor rows = count == n ? x : x.index_select(0, at::tensor(labelled));
+  ProductSums sums(covariance_kernels(), d, count, false);
   for (int64_t row = 0; row < count; row += sums.chunk())
     sums.add(rows.const_data_ptr<float>() + row * d, pivots.data() + row, std::min(sums.chunk(), count - row));
-  at::parallel_for(0, d, 64, [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r)
-      for (int64_t c = 0; c < d; ++c) scatter.data_ptr<float>()[r * d + c] = static_cast<float>(sums.product(r, c));
-  });
+  std::vector<double> off(static_cast<size_t>(d)), along(static_cast<size_t>(d));  // rows are relative to their means
+  sums.finish(off.data(), 0.0, scatter.data_ptr<float>(), along.data());
   return {means, scatter, counts};
 }
 

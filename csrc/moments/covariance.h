@@ -14,13 +14,18 @@ struct CovarianceKernels {
   // Floats from one panel of a block to the next.
   int64_t stride() const { return kCovarianceRows * panel + kPanelPad; }
 
-  // One block of at most kCovarianceRows rows of x [rows, d], z = x - pivot, every row with its own pivot. The panel of columns p * panel ... begins at
-  // packed[p * stride()], row by row; columns beyond d are zeros. With a = |z|^2 of each row and d rounded up to whole
-  // panels: sums[0 .. d) = sum z, sums[d .. 2 d) = sum a z, sums[2 d] = sum a^2, and room for four rows after them.
+  // One block of at most kCovarianceRows rows of x [rows, d], z = x - pivot, every row with its own pivot. The panel of
+  // columns p * panel ... begins at packed[p * stride()], row by row; columns beyond d are zeros. With a = |z|^2 of each
+  // row and d rounded up to whole panels: sums[0 .. d) = sum z, sums[d .. 2 d) = sum a z, sums[2 d] = sum a^2;
+  // `sums` null: none of them.
   void (*pack)(const float* x, const float* const* pivots, int64_t rows, int64_t d, float* packed, float* sums);
 
-  // c [panel, panel] += sum over rows of a[row, i] * b[row, j], a and b panels of one block.
-  void (*multiply)(const float* a, const float* b, int64_t rows, float* c);
+  // c [panel, panel] += sum over rows of a[row, i] * b[row, j], a and b panels of one block, for the first `columns` of b;
+  // where a is b, only what lies on and above the diagonal is summed, and some of what lies below.
+  void (*multiply)(const float* a, const float* b, int64_t rows, int64_t columns, float* c);
+
+  // sums [d] += row - pivot, while the row `next` is fetched.
+  void (*accumulate)(const float* row, const float* pivot, const float* next, int64_t d, float* sums);
 };
 
 const CovarianceKernels* covariance_baseline();

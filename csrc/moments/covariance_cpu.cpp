@@ -20,10 +20,10 @@ struct Outputs {  // of one set
 };
 
 // Moments about the mean from sums about the pivot.
-void finish(const ProductSums& sums, const float* pivot, int64_t count, int64_t d, const Outputs& out) {
+void finish(ProductSums& sums, const float* pivot, int64_t count, int64_t d, const Outputs& out) {
   const auto n = static_cast<double>(count);
   std::vector<double> off(static_cast<size_t>(d)), along(static_cast<size_t>(d));  // mean - pivot; S2 (mean - pivot)
-  double square = 0.0, trace = 0.0, cross = 0.0, product = 0.0;
+  double square = 0.0, cross = 0.0, product = 0.0;
   for (int64_t c = 0; c < d; ++c) {
     off[c] = sums.linear(c) / n;
     const double mean = pivot[c] + off[c];
@@ -31,16 +31,9 @@ void finish(const ProductSums& sums, const float* pivot, int64_t count, int64_t 
     out.rest[c] = static_cast<float>(mean - out.mean[c]);
     square += off[c] * off[c];
     cross += off[c] * sums.cubic(c);
-    trace += sums.product(c, c);
   }
-  at::parallel_for(0, d, 64, [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r)
-      for (int64_t c = 0; c < d; ++c) {
-        const double sum = sums.product(r, c);
-        along[r] += sum * off[c];
-        out.scatter[r * d + c] = static_cast<float>(sum - n * off[r] * off[c]);
-      }
-  });
+  sums.finish(off.data(), n, out.scatter, along.data());
+  const double trace = sums.trace();
   for (int64_t c = 0; c < d; ++c) product += off[c] * along[c];
   // With a = |z|^2, b = z . off and e = |off|^2, the squared distance from the mean is a - 2 b + e.
   for (int64_t c = 0; c < d; ++c)
@@ -55,7 +48,7 @@ void moments_of_set(const CovarianceKernels& kernels, const at::Tensor& x, const
   // Rows from the whole set: where its mean drifts, the first ones would mislead.
   const at::Tensor some = x.slice(0, 0, n, std::max<int64_t>(1, n / kPivotRows)).to(at::kDouble).mean(0).to(at::kFloat);
   const float* pivot = some.const_data_ptr<float>();
-  ProductSums sums(kernels, d);
+  ProductSums sums(kernels, d, n, true);
   const std::vector<const float*> pivots(static_cast<size_t>(sums.chunk()), pivot);
   for (int64_t row = 0; row < n; row += sums.chunk()) {
     const at::Tensor rows = x.narrow(0, row, std::min(sums.chunk(), n - row)).to(at::kFloat).contiguous();

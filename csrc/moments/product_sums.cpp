@@ -11,7 +11,8 @@
 namespace planmill {
 namespace {
 
-constexpr int64_t kBlocks = 4;  // blocks summed in float32 before the sum goes on in double
+constexpr int64_t kBlocks = 4;  // that a thread packs before they are multiplied
+constexpr int64_t kRun = 16;    // blocks summed in float32 before the sum goes on in double
 
 }  // namespace
 
@@ -19,18 +20,21 @@ const CovarianceKernels& covariance_kernels() {
   return choose_kernels(covariance_baseline(), covariance_avx2(), covariance_avx512());
 }
 
-ProductSums::ProductSums(const CovarianceKernels& kernels, int64_t d)
+ProductSums::ProductSums(const CovarianceKernels& kernels, int64_t d, int64_t rows, bool higher)
     : kernels_(kernels),
+      higher_(higher),
       d_(d),
       panel_(kernels.panel),
       panels_((d + panel_ - 1) / panel_),
       padded_(panels_ * panel_),
-      group_(kBlocks * (at::in_parallel_region() ? 1 : at::get_num_threads())),
+      group_(std::min((rows + kCovarianceRows - 1) / kCovarianceRows,
+                      kBlocks * (at::in_parallel_region() ? 1 : at::get_num_threads()))),
       packed_(static_cast<size_t>(group_ * panels_ * kernels.stride())),
-      sums_(static_cast<size_t>(group_ * sums_size())),
+      sums_(static_cast<size_t>(higher ? group_ * sums_size() : 0)),
+      products_(static_cast<size_t>(pairs() * panel_ * panel_)),
       first_(static_cast<size_t>(padded_)),
       third_(static_cast<size_t>(padded_)),
-      second_(static_cast<size_t>(panels_ * (panels_ + 1) / 2 * panel_ * panel_)) {}
+      second_(products_.size()) {}
 
 void ProductSums::add(const float* x, const float* const* pivots, int64_t rows) {
   const int64_t blocks = (rows + kCovarianceRows - 1) / kCovarianceRows;
@@ -38,41 +42,71 @@ void ProductSums::add(const float* x, const float* const* pivots, int64_t rows) 
     for (int64_t b = begin; b < end; ++b)
       kernels_.pack(x + b * kCovarianceRows * d_, pivots + b * kCovarianceRows, rows_of(b, rows), d_, block(b), sums(b));
   });
-  for (int64_t b = 0; b < blocks; ++b) {
+  for (int64_t b = 0; higher_ && b < blocks; ++b) {
     for (int64_t c = 0; c < padded_; ++c) first_[c] += sums(b)[c], third_[c] += sums(b)[padded_ + c];
     fourth_ += sums(b)[2 * padded_];
   }
-  at::parallel_for(0, panels_ * (panels_ + 1) / 2, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> products(static_cast<size_t>((end - begin) * panel_ * panel_));
-    for (int64_t group = 0; group < blocks; group += kBlocks)
-      multiply(begin, end, group, std::min(group + kBlocks, blocks), rows, products);
+  at::parallel_for(0, pairs(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t b = 0; b < blocks; ++b) {
+      multiply(begin, end, block(b), rows_of(b, rows));
+      if ((blocks_ + b + 1) % kRun == 0) flush(begin, end);
+    }
+  });
+  blocks_ += blocks;
+}
+
+// Pairs of panels [begin, end) of the triangle, counted column by column: a block's panels are read from the second-level
+// cache, and those of a column from the first.
+void ProductSums::multiply(int64_t begin, int64_t end, const float* packed, int64_t rows) {
+  const int64_t size = panel_ * panel_, stride = kernels_.stride();
+  int64_t j = 0;
+  while ((j + 1) * (j + 2) / 2 <= begin) ++j;
+  int64_t i = begin - j * (j + 1) / 2;
+  for (int64_t pair = begin; pair < end; ++pair) {
+    const int64_t columns = std::min(panel_, d_ - j * panel_);
+    kernels_.multiply(packed + i * stride, packed + j * stride, rows, columns, products_.data() + pair * size);
+    if (++i > j) i = 0, ++j;
+  }
+}
+
+void ProductSums::flush(int64_t begin, int64_t end) {
+  const int64_t size = panel_ * panel_;
+  float* products = products_.data();
+  for (int64_t e = begin * size; e < end * size; ++e) second_[e] += products[e], products[e] = 0.0f;
+}
+
+void ProductSums::finish(const double* off, double count, float* scatter, double* along) {
+  at::parallel_for(0, pairs(), 1, [&](int64_t begin, int64_t end) { flush(begin, end); });
+  at::parallel_for(0, panels_, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      for (int64_t j = 0; j < panels_; ++j) write_tile(i, j, off, count, scatter, along);
   });
 }
 
-double ProductSums::product(int64_t row, int64_t column) const {
-  if (row > column) std::swap(row, column);
-  const int64_t i = row / panel_, j = column / panel_;
-  return second_[static_cast<size_t>(((j * (j + 1) / 2 + i) * panel_ + row % panel_) * panel_ + column % panel_)];
+double ProductSums::trace() const {
+  double sum = 0.0;
+  for (int64_t c = 0; c < d_; ++c) {
+    const int64_t i = c / panel_, tile = (i * (i + 1) / 2 + i) * panel_ * panel_;
+    sum += second_[static_cast<size_t>(tile + c % panel_ * (panel_ + 1))];
+  }
+  return sum;
 }
 
-// Pairs of panels [begin, end) of the triangle, counted column by column; blocks [first, last). Block after block, so
-// that its panels are read from the second-level cache, and those of a column from the first.
-void ProductSums::multiply(int64_t begin, int64_t end, int64_t first, int64_t last, int64_t rows,
-                           std::vector<float>& products) {
-  const int64_t size = panel_ * panel_, stride = kernels_.stride();
-  std::fill(products.begin(), products.end(), 0.0f);
-  int64_t column = 0;
-  while ((column + 1) * (column + 2) / 2 <= begin) ++column;
-  for (int64_t b = first; b < last; ++b) {
-    const float* packed = block(b);
-    int64_t j = column, i = begin - j * (j + 1) / 2;
-    for (int64_t pair = begin; pair < end; ++pair) {
-      kernels_.multiply(packed + i * stride, packed + j * stride, rows_of(b, rows), &products[(pair - begin) * size]);
-      if (++i > j) i = 0, ++j;
+// Rows of panel i, columns of panel j; below the diagonal from the tile above it.
+void ProductSums::write_tile(int64_t i, int64_t j, const double* off, double count, float* scatter, double* along) const {
+  const double* tile = second_.data() + (i <= j ? j * (j + 1) / 2 + i : i * (i + 1) / 2 + j) * panel_ * panel_;
+  const int64_t rows = std::min(panel_, d_ - i * panel_), columns = std::min(panel_, d_ - j * panel_);
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t row = i * panel_ + r;
+    float* out = scatter + row * d_ + j * panel_;
+    for (int64_t c = 0; c < columns; ++c) {
+      const bool above = i < j || (i == j && r <= c);
+      const double sum = above ? tile[r * panel_ + c] : tile[c * panel_ + r];
+      const int64_t column = j * panel_ + c;
+      out[c] = static_cast<float>(sum - count * (off[row] * off[column]));
+      along[row] += sum * off[column];
     }
   }
-  double* target = second_.data() + begin * size;
-  for (size_t e = 0; e < products.size(); ++e) target[e] += products[e];
 }
 
 }  // namespace planmill

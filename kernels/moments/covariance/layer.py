@@ -58,11 +58,13 @@ class Moments:
         check_float("Moments.update", "x", x)
         if x.shape[1] != self.width:
             raise ValueError(f"Moments.update: x must be [N, {self.width}], got {list(x.shape)}")
-        batch = Moments(self.width, self.mean.device)
-        mean, rest, scatter, third, fourth = (moment[0].double() for moment in compute_moments(x[None]))
-        batch.count += x.shape[0]
+        mean, rest, scatter, third, fourth = (
+            moment[0].to(self.mean.device, torch.float64) for moment in compute_moments(x[None])
+        )
+        batch = self if int(self.count) == 0 else Moments(self.width, self.mean.device)
+        batch.count = torch.full_like(self.count, x.shape[0])
         batch.mean, batch.scatter, batch.third, batch.fourth = mean + rest, scatter, third, fourth
-        return self.merge(batch)
+        return self if batch is self else self.merge(batch)
 
     @torch.no_grad()
     def merge(self, other: "Moments") -> "Moments":
@@ -73,6 +75,10 @@ class Moments:
         """
         if other.width != self.width:
             raise ValueError(f"Moments.merge: other must have width {self.width}, got {other.width}")
+        if int(self.count) == 0:  # the passes below over d x d numbers would only copy
+            for name in FIELDS:
+                getattr(self, name).copy_(getattr(other, name))
+            return self
         count = self.count + other.count
         share = other.count / count.clamp_min(1)
         delta = other.mean.to(self.mean.device) - self.mean

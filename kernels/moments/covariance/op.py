@@ -41,8 +41,8 @@ def covariance_moments(x: torch.Tensor, *, correction: int = 1) -> CovarianceMom
         correction: the divisor is N - correction: 1 for the unbiased estimate, 0 for that of the maximum likelihood.
 
     Returns:
-        A CovarianceMoments. Sums are float32 over at most 512 rows and float64 beyond, whatever the dtype of `x`. They
-        are the same for every number of threads.
+        A CovarianceMoments. Sums are float32 over at most 2048 rows (128 in registers, then 16 such sums) and float64
+        beyond, whatever the dtype of `x`. They are the same for every number of threads.
 
     Raises:
         ValueError: wrong rank, no more rows than `correction`; outside torch.compile also NaN or infinity in `x`: the

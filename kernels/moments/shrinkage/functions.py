@@ -37,12 +37,12 @@ def shrink_ledoit_wolf(moments: Moments) -> ShrunkCovariance:
 
     Source: Ledoit and Wolf, "A well-conditioned estimator for large-dimensional covariance matrices" (2004), section 3.
     """
-    s, n, d, m = _biased("shrink_ledoit_wolf", moments)
-    squares = s.square().sum()
+    n, d, m = _biased("shrink_ledoit_wolf", moments)
+    squares = torch.linalg.vector_norm(moments.scatter).square() / n**2
     delta = (squares - d * m * m) / d
     beta = torch.minimum((moments.fourth / n - squares) / (n * d), delta)
     rho = 0.0 if float(beta) <= 0.0 else float(beta / delta)
-    return _shrink(s, m, rho)
+    return _shrink(moments, m, rho)
 
 
 def shrink_oas(moments: Moments) -> ShrunkCovariance:
@@ -62,13 +62,13 @@ def shrink_oas(moments: Moments) -> ShrunkCovariance:
 
     Source: Chen, Wiesel, Eldar, Hero, "Shrinkage algorithms for MMSE covariance estimation" (2010), section 3.
     """
-    s, n, d, m = _biased("shrink_oas", moments)
-    a = s.square().mean()
+    n, d, m = _biased("shrink_oas", moments)
+    a = torch.linalg.vector_norm(moments.scatter).square() / (n * d) ** 2
     divisor = float((n + 1) * (a - m * m / d))
     if d == 1:  # nothing to shrink; 0, as scikit-learn says
-        return _shrink(s, m, 0.0)
+        return _shrink(moments, m, 0.0)
     rho = 1.0 if divisor == 0.0 else min(1.0, float(a + m * m) / divisor)
-    return _shrink(s, m, rho)
+    return _shrink(moments, m, rho)
 
 
 def shrink_by(moments: Moments, shrinkage: float) -> ShrunkCovariance:
@@ -88,8 +88,8 @@ def shrink_by(moments: Moments, shrinkage: float) -> ShrunkCovariance:
     """
     if not 0 <= shrinkage <= 1:
         raise ValueError(f"shrink_by: shrinkage must be from 0 to 1, got {shrinkage}")
-    s, _, _, m = _biased("shrink_by", moments)
-    return _shrink(s, m, shrinkage)
+    _, _, m = _biased("shrink_by", moments)
+    return _shrink(moments, m, shrinkage)
 
 
 def ridge_precision(moments: Moments) -> torch.Tensor:
@@ -119,16 +119,15 @@ def ridge_precision(moments: Moments) -> torch.Tensor:
     return d * torch.cholesky_inverse(torch.linalg.cholesky(bracket))
 
 
-def _biased(op: str, moments: Moments) -> tuple[torch.Tensor, int, int, torch.Tensor]:
-    """S of divisor N, N, d and tr S / d."""
+def _biased(op: str, moments: Moments) -> tuple[int, int, torch.Tensor]:
+    """N, d and tr S / d, with S of divisor N."""
     n, d = int(moments.count), moments.width
     if n < 1:
         raise ValueError(f"{op}: needs at least one row, got none")
-    s = moments.scatter / n
-    return s, n, d, s.trace() / d
+    return n, d, moments.scatter.trace() / (n * d)
 
 
-def _shrink(s: torch.Tensor, m: torch.Tensor, rho: float) -> ShrunkCovariance:
-    shrunk = (1 - rho) * s
+def _shrink(moments: Moments, m: torch.Tensor, rho: float) -> ShrunkCovariance:
+    shrunk = moments.scatter * ((1 - rho) / int(moments.count))
     shrunk.diagonal().add_(rho * m)
     return ShrunkCovariance(shrunk, rho)
