@@ -108,12 +108,13 @@ def whiten(x: torch.Tensor, *, eps: float = 1e-5, iterations: int = 5, mode: str
         2019).
     """
     check_maps("whiten", x)
-    maps = x.flatten(2)
-    mean, scatter = _scatter(maps)
-    covariance = scatter / max(maps.shape[2], 1)
+    maps = x.flatten(2).float()
+    maps = maps - maps[:, :, :1]  # so that a constant channel is exactly zero, and digits of a large mean are not lost
+    maps -= maps.mean(2, keepdim=True)
+    covariance = torch.bmm(maps, maps.mT) / max(maps.shape[2], 1)
     covariance = covariance + eps * torch.eye(x.shape[1], dtype=torch.float32, device=x.device)
     root = matrix_sqrt(covariance, iterations=iterations, mode=mode, inverse=True)
-    return torch.bmm(root, maps.float() - mean[:, :, None]).to(x.dtype).view(x.shape)
+    return torch.bmm(root, maps).to(x.dtype).view(x.shape)
 
 
 def pool_covariance(x: torch.Tensor, *, iterations: int = 5, mode: str = "newton") -> torch.Tensor:
@@ -138,7 +139,7 @@ def pool_covariance(x: torch.Tensor, *, iterations: int = 5, mode: str = "newton
     """
     check_maps("pool_covariance", x)
     maps = x.flatten(2)
-    _, scatter = _scatter(maps)
+    scatter = torch.ops.planmill.covariance(maps.transpose(1, 2))[2]  # the op: its caller would wait for a GPU
     root = matrix_sqrt(scatter / max(maps.shape[2], 1), iterations=iterations, mode=mode)
     rows, columns = torch.triu_indices(x.shape[1], x.shape[1], device=x.device).unbind()
     return root.flatten(1).index_select(1, rows * x.shape[1] + columns)
@@ -149,9 +150,3 @@ def check_maps(op: str, x: torch.Tensor) -> None:
     if x.dim() not in (3, 4):
         raise ValueError(f"{op}: x must be [B, C, H, W] or [B, C, HW], got {list(x.shape)}")
     check_float(op, "x", x)
-
-
-def _scatter(maps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean [B, C] and scatter [B, C, C] of maps [B, C, HW]; NaN stays in its image, and nothing waits for a GPU."""
-    mean, _, scatter, _, _ = torch.ops.planmill.covariance(maps.transpose(1, 2))
-    return mean, scatter
