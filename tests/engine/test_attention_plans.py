@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from planmill.engine import DynamicDim, Session, build
-from planmill.kernels.attention import GatedLinearAttention, HaloAttention, ViGAttention
+from planmill.kernels.attention import GatedLinearAttention, LinearRecurrence, MambaMixer, ViGAttention
 
 
 class Residual(nn.Module):
@@ -22,9 +22,9 @@ class Residual(nn.Module):
         return x + self.block(x)
 
 
-def halo_attention() -> tuple[nn.Module, torch.Tensor, set[str]]:
-    blocks = [Residual(HaloAttention(8, num_heads=2, block_size=4, halo_size=1)) for _ in range(2)]
-    return nn.Sequential(*blocks), torch.randn(2, 8, 8, 4), {"planmill::halo_attention"}
+def state_space() -> tuple[nn.Module, torch.Tensor, set[str]]:
+    blocks = [Residual(MambaMixer(8, 3)), Residual(MambaMixer(8, 3, bidirectional=True)), LinearRecurrence(8, 5)]
+    return nn.Sequential(*blocks), torch.randn(2, 9, 8), {"planmill::selective_scan"}
 
 
 def gated_linear_attention() -> tuple[nn.Module, torch.Tensor, set[str]]:
@@ -32,7 +32,7 @@ def gated_linear_attention() -> tuple[nn.Module, torch.Tensor, set[str]]:
     return nn.Sequential(*blocks), torch.randn(2, 9, 8), {"planmill::gated_linear_attention"}
 
 
-MODELS: list[Callable[[], tuple[nn.Module, torch.Tensor, set[str]]]] = [halo_attention, gated_linear_attention]
+MODELS: list[Callable[[], tuple[nn.Module, torch.Tensor, set[str]]]] = [state_space, gated_linear_attention]
 
 
 @pytest.mark.parametrize("make", MODELS, ids=lambda make: make.__name__)

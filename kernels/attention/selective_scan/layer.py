@@ -1,4 +1,4 @@
-"""MambaMixer: Mamba's block around the selective scan, one way or both; LinearRecurrence: its final state."""
+"""MambaMixer: Mamba's block around the selective scan, one way or both."""
 
 import math
 from typing import Any
@@ -7,8 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from planmill.kernels.attention.state_space.recurrence import reach_final_state
-from planmill.kernels.attention.state_space.scan import scan_selectively
+from planmill.kernels.attention.selective_scan.op import scan_selectively
 
 STEP_SIZES = (1e-3, 1e-1)  # softplus of the time step's bias, at the start
 
@@ -30,7 +29,7 @@ class MambaMixer(nn.Module):
         conv_bias, bias: of the convolution; of in_proj and out_proj.
         bidirectional: read the sequence backwards too.
 
-    Shapes: x [B, L, C] -> the same. A graph of torch.export has a fixed L.
+    Shapes: x [B, L, C] -> the same.
 
     Source: Gu and Dao (2023), section 3.4; two ways: Zhu et al., "Vision Mamba" (ICML 2024), whose public code was
     read second-hand, in projects that contain it. The incremental step of text generation is not part of it.
@@ -91,30 +90,3 @@ class MambaMixer(nn.Module):
     def extra_repr(self) -> str:
         """Options, as `print` shows them."""
         return f"d_state={self.d_state}, dt_rank={self.dt_rank}, bidirectional={self.bidirectional}"
-
-
-class LinearRecurrence(nn.Module):
-    """The state that a sequence leaves in a linear recurrence: `s_t = transition(s_{t-1}) + projection(x_t)`, s_0 = 0.
-
-    Args:
-        dim: D, channels of the tokens.
-        states: S.
-        bias: of both maps.
-
-    Shapes: x [B, T, D] -> s_T [B, S], dtype of x. A graph of torch.export has a fixed T.
-
-    Source: MorpMamba's public notebook: see `reach_final_state`. Its Keras kernels are the transposes of these weights.
-    """
-
-    def __init__(
-        self, dim: int, states: int, bias: bool = True, *, device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:  # fmt: skip
-        super().__init__()
-        self.transition = nn.Linear(states, states, bias=bias, device=device, dtype=dtype)
-        self.projection = nn.Linear(dim, states, bias=bias, device=device, dtype=dtype)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The final state of `x` [B, T, D]."""
-        bias = None if self.projection.bias is None else self.projection.bias + self.transition.bias
-        return reach_final_state(x, self.transition.weight, self.projection.weight, bias).to(x.dtype)
