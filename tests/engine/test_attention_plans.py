@@ -9,6 +9,7 @@ from torch import nn
 
 from planmill.engine import DynamicDim, Session, build
 from planmill.kernels.attention import GatedLinearAttention, LinearRecurrence, MambaMixer, ViGAttention
+from planmill.kernels.attention import GatedLargeKernel, HaloAttention, LinearAttention
 
 
 class Residual(nn.Module):
@@ -33,6 +34,21 @@ def gated_linear_attention() -> tuple[nn.Module, torch.Tensor, set[str]]:
 
 
 MODELS: list[Callable[[], tuple[nn.Module, torch.Tensor, set[str]]]] = [state_space, gated_linear_attention]
+def linear_attention() -> tuple[nn.Module, torch.Tensor, set[str]]:
+    blocks = [Residual(LinearAttention(8, 2, causal=causal)) for causal in (False, True)]
+    return nn.Sequential(*blocks), torch.randn(2, 5, 8), {"planmill::linear_attention"}
+
+
+def large_kernel_attention() -> tuple[nn.Module, torch.Tensor, set[str]]:
+    blocks = [Residual(GatedLargeKernel(4)) for _ in range(2)]
+    return nn.Sequential(*blocks), torch.randn(2, 4, 5, 6), {"planmill::large_kernel_attention"}
+
+
+MODELS: list[Callable[[], tuple[nn.Module, torch.Tensor, set[str]]]] = [
+    halo_attention,
+    linear_attention,
+    large_kernel_attention,
+]
 
 
 @pytest.mark.parametrize("make", MODELS, ids=lambda make: make.__name__)

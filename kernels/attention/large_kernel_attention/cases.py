@@ -30,7 +30,7 @@ def drawn(dtype: torch.dtype, g: torch.Generator, *shape: int, **options: Any) -
 
 
 def _channels_last(dtype: torch.dtype, g: torch.Generator) -> tuple:
-    x, *rest = drawn(dtype, g, 2, 5, 9, 11)
+    x, *rest = drawn(dtype, g, 2, 3, 9, 11)
     return x.contiguous(memory_format=torch.channels_last), *rest
 
 
@@ -58,17 +58,16 @@ def cases() -> list[Case]:
         case("one", 1, 1, 1, 1),
         case("one_row", 1, 2, 1, 19),
         case("one_column", 1, 2, 19, 1),
-        case("below_the_kernel", 2, 5, 7, 7, gradient=True),
+        case("below_the_kernel", 2, 3, 7, 7, gradient=True),
         case("as_the_kernel", 1, 2, 23, 23),
-        case("odd", 2, 7, 13, 29, gradient=True),
+        case("odd", 2, 3, 13, 29, gradient=True),
         case("past_vectors", 1, 2, 25, 33),
-        case("stage", 1, 16, 28, 28),
-        case("many_channels", 1, 100, 5, 14),
-        case("past_a_block", 1, 49, 8, 9),
+        case("stage", 1, 4, 28, 28),
+        case("past_a_block", 1, 33, 8, 9),
         case("wide", 1, 1, 4, 130),
-        case("huge", 1, 5, 9, 9, scale=1e8, dtypes=FULL_RANGE),
-        case("tiny", 1, 5, 9, 9, scale=1e-8, dtypes=FULL_RANGE),
-        case("large_mean", 1, 5, 20, 20, mean=1000.0, dtypes=FULL_RANGE),
+        case("huge", 1, 2, 9, 9, scale=1e8, dtypes=FULL_RANGE),
+        case("tiny", 1, 2, 9, 9, scale=1e-8, dtypes=FULL_RANGE),
+        case("large_mean", 1, 2, 20, 20, mean=1000.0, dtypes=FULL_RANGE),
         case("no_batch", 0, 3, 5, 5),
         case("no_rows", 2, 3, 0, 5),
         case("no_channels", 2, 0, 5, 5),

@@ -20,6 +20,7 @@ SPEC = OpSpec(
     cases=cases,
     tolerances={torch.float32: (2e-6, 2e-6), torch.bfloat16: (1e-3, 8e-3), torch.float16: (1e-3, 1e-3)},
     cpu="C++",
+    cuda="_triton:launch",
     compare=compare,
 )
 _op, _call = register(SPEC)
