@@ -8,8 +8,15 @@ import torch
 from torch import nn
 
 from planmill.engine import DynamicDim, Session, build
-from planmill.kernels.attention import GatedLinearAttention, LinearRecurrence, MambaMixer, ViGAttention
-from planmill.kernels.attention import GatedLargeKernel, HaloAttention, LinearAttention
+from planmill.kernels.attention import (
+    GatedLargeKernel,
+    GatedLinearAttention,
+    HaloAttention,
+    LinearAttention,
+    LinearRecurrence,
+    MambaMixer,
+    ViGAttention,
+)
 
 
 class Residual(nn.Module):
@@ -33,7 +40,11 @@ def gated_linear_attention() -> tuple[nn.Module, torch.Tensor, set[str]]:
     return nn.Sequential(*blocks), torch.randn(2, 9, 8), {"planmill::gated_linear_attention"}
 
 
-MODELS: list[Callable[[], tuple[nn.Module, torch.Tensor, set[str]]]] = [state_space, gated_linear_attention]
+def halo_attention() -> tuple[nn.Module, torch.Tensor, set[str]]:
+    blocks = [Residual(HaloAttention(8, num_heads=2, block_size=4, halo_size=1)) for _ in range(2)]
+    return nn.Sequential(*blocks), torch.randn(2, 8, 8, 4), {"planmill::halo_attention"}
+
+
 def linear_attention() -> tuple[nn.Module, torch.Tensor, set[str]]:
     blocks = [Residual(LinearAttention(8, 2, causal=causal)) for causal in (False, True)]
     return nn.Sequential(*blocks), torch.randn(2, 5, 8), {"planmill::linear_attention"}
@@ -45,6 +56,8 @@ def large_kernel_attention() -> tuple[nn.Module, torch.Tensor, set[str]]:
 
 
 MODELS: list[Callable[[], tuple[nn.Module, torch.Tensor, set[str]]]] = [
+    state_space,
+    gated_linear_attention,
     halo_attention,
     linear_attention,
     large_kernel_attention,
