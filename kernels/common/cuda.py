@@ -37,7 +37,13 @@ def compiled(source: str, kernel: str, device: int) -> Any:
         return cupy.RawModule(code=(SOURCES / source).read_text(), options=options).get_function(kernel)
 
 
-def launch(source: str, kernel: str, grid: int, threads: int, shared: int, *args: torch.Tensor | int) -> None:
+def _pack(value: torch.Tensor | float) -> np.generic:
+    if isinstance(value, torch.Tensor):
+        return np.uint64(value.data_ptr())
+    return np.float32(value) if isinstance(value, float) else np.int32(value)
+
+
+def launch(source: str, kernel: str, grid: int, threads: int, shared: int, *args: torch.Tensor | float) -> None:
     """Launch a kernel on the current stream of its tensors' device.
 
     Args:
@@ -46,7 +52,8 @@ def launch(source: str, kernel: str, grid: int, threads: int, shared: int, *args
         grid: number of blocks.
         threads: threads of a block.
         shared: bytes of dynamic shared memory of a block.
-        args: tensors of one device, passed as pointers, and integers, passed as int; the first is a tensor.
+        args: tensors of one device, passed as pointers, and numbers, passed as int or float; the first is a
+            tensor.
 
     Raises:
         PlanmillError: CuPy is not installed.
@@ -55,7 +62,7 @@ def launch(source: str, kernel: str, grid: int, threads: int, shared: int, *args
     function = compiled(source, kernel, device)
     import cupy
 
-    packed = tuple(np.uint64(a.data_ptr()) if isinstance(a, torch.Tensor) else np.int32(a) for a in args)
+    packed = tuple(_pack(a) for a in args)
     stream = cupy.cuda.Stream.from_external(torch.cuda.current_stream(device))
     with cupy.cuda.Device(device), stream:
         if shared > SHARED_BYTES:

@@ -23,6 +23,12 @@ extern "C" int emulate(unsigned grid, unsigned threads, size_t shared, void* con
 Launch = Callable[..., None]
 
 
+def packed(value: torch.Tensor | float) -> ctypes.c_void_p | ctypes.c_float | ctypes.c_int:
+    if isinstance(value, torch.Tensor):
+        return ctypes.c_void_p(value.data_ptr())
+    return ctypes.c_float(value) if isinstance(value, float) else ctypes.c_int(value)
+
+
 @pytest.fixture(scope="session")
 def host_launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
     """Stands in for `cuda.launch`, with tensors of the CPU: same arguments, same source."""
@@ -36,8 +42,8 @@ def host_launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
         subprocess.run(["g++", *flags, str(program), "-o", str(library)], check=True)
         return ctypes.CDLL(str(library))
 
-    def launch(source: str, kernel: str, grid: int, threads: int, shared: int, *args: torch.Tensor | int) -> None:
-        values = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else ctypes.c_int(a) for a in args]
+    def launch(source: str, kernel: str, grid: int, threads: int, shared: int, *args: torch.Tensor | float) -> None:
+        values = [packed(a) for a in args]
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
         failed = build(source, kernel).emulate(grid, threads, ctypes.c_size_t(shared), pointers)
         assert not failed, (

@@ -69,7 +69,7 @@ def interpreter(module_patch: pytest.MonkeyPatch) -> None:
     module_patch.setattr(triton_interpreter.GridExecutor, "__call__", launch_once)
     module_patch.setattr(triton_interpreter.InterpretedFunction, "__call__", call)
     sizes = {"BLOCK_R": 64, "BLOCK_C": 512, "SETTLE_ROWS": 128, "SETTLE_C": 512, "SETTLE_Q": 128, "BLOCK_Q": 128,
-             "BLOCK_N": 128, "CHUNKS": 4, "STATS_P": 16}  # fmt: skip
+             "BLOCK_N": 128, "CHUNKS": 4, "STATS_P": 16, "SOLVE_THREADS": 32, "PRODUCT": 256}  # fmt: skip
     from planmill.kernels.common.triton_screen import BLOCK_K
 
     for split in BLOCK_K:

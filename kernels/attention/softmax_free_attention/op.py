@@ -35,7 +35,7 @@ SPEC = OpSpec(
     },
     compare=compare,
     cpu="C++",
-    cuda=None,
+    cuda="_triton:launch",
 )
 _op, _call = register(SPEC)
 

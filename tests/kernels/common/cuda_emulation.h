@@ -2,7 +2,9 @@
 // compiled behind this header is the very source that ships; a missing barrier is a data race that -fsanitize=thread sees.
 // CTAs run one after the other. Kernels use dynamic shared memory only, declared `extern __shared__ int shared_memory[]`;
 // it starts as garbage, and a guard behind it finds stores past its end.
+#include <atomic>
 #include <barrier>
+#include <cmath>
 #include <cstddef>
 #include <cstring>
 #include <thread>
@@ -32,6 +34,7 @@ struct Cta {
   explicit Cta(unsigned threads) : barrier(threads), warps(threads / 32) {}
   std::barrier<> barrier;
   std::vector<Warp> warps;
+  std::atomic<int> any{0};
 };
 
 constexpr size_t kSharedBytes = 232448, kGuard = 4096;
@@ -59,6 +62,16 @@ auto exchange(unsigned value, Read read) {
 }  // namespace emulated
 
 inline void __syncthreads() { emulated::cta->barrier.arrive_and_wait(); }
+inline int __syncthreads_or(int value) {
+  emulated::Cta& cta = *emulated::cta;
+  if (value != 0) cta.any = 1;
+  cta.barrier.arrive_and_wait();
+  const int result = cta.any;
+  cta.barrier.arrive_and_wait();  // nobody clears it before all have read it
+  cta.any = 0;
+  cta.barrier.arrive_and_wait();
+  return result;
+}
 inline void __syncwarp() { emulated::warp->barrier.arrive_and_wait(); }
 inline int atomicAdd(int* where, int value) { return __atomic_fetch_add(where, value, __ATOMIC_RELAXED); }
 inline int __popc(unsigned value) { return __builtin_popcount(value); }

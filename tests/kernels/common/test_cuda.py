@@ -62,7 +62,7 @@ def test_what_is_launched(fake: tuple[Kernel, list[Any]]) -> None:
     kernel, seen = fake
     data = torch.arange(8, dtype=torch.int32)
     for shared in (cuda.SHARED_BYTES, cuda.SHARED_BYTES + 4):
-        cuda.launch(SORT, "sort_experts", 3, 64, shared, data[2:], 2**31 - 1, -1)
+        cuda.launch(SORT, "sort_experts", 3, 64, shared, data[2:], 2**31 - 1, -1, 0.1)
     source, *streams = seen
     assert source[0] == (ROOT / "csrc" / "cuda" / SORT).read_text(), "compiled once, from the source"
     assert streams == ["stream of None"] * 2  # the index of a CPU tensor's device
@@ -73,8 +73,12 @@ def test_what_is_launched(fake: tuple[Kernel, list[Any]]) -> None:
     assert kernel.max_dynamic_shared_size_bytes == cuda.SHARED_BYTES + 4, "more than a block has is asked for"
     args = kernel.launches[0][2]
     assert [(type(a), int(a)) for a in args] == [
-        (np.uint64, data.data_ptr() + 8), (np.int32, 2**31 - 1), (np.int32, -1),
-    ]  # fmt: skip
+        (np.uint64, data.data_ptr() + 8),
+        (np.int32, 2**31 - 1),
+        (np.int32, -1),
+        (np.float32, 0),
+    ]
+    assert args[3] == np.float32(0.1)  # fmt: skip
 
 
 @pytest.mark.usefixtures("fresh")
