@@ -11,8 +11,9 @@
 namespace planmill {
 namespace {
 
-constexpr int64_t kBlocks = 4;  // that a thread packs before they are multiplied
-constexpr int64_t kRun = 16;    // blocks summed in float32 before the sum goes on in double
+constexpr int64_t kBlocks = 4;      // that a thread packs before they are multiplied
+constexpr int64_t kRun = 16;        // blocks summed in float32 before the sum goes on in double
+constexpr int64_t kWork = 1 << 17;  // multiplications, or numbers written, that are worth a second thread
 
 }  // namespace
 
@@ -46,7 +47,8 @@ void ProductSums::add(const float* x, const float* const* pivots, int64_t rows) 
     for (int64_t c = 0; c < padded_; ++c) first_[c] += sums(b)[c], third_[c] += sums(b)[padded_ + c];
     fourth_ += sums(b)[2 * padded_];
   }
-  at::parallel_for(0, pairs(), 1, [&](int64_t begin, int64_t end) {
+  const int64_t grain = std::max<int64_t>(1, kWork / std::max<int64_t>(1, rows * panel_ * panel_));
+  at::parallel_for(0, pairs(), grain, [&](int64_t begin, int64_t end) {
     for (int64_t b = 0; b < blocks; ++b) {
       multiply(begin, end, block(b), rows_of(b, rows));
       if ((blocks_ + b + 1) % kRun == 0) flush(begin, end);
@@ -76,8 +78,8 @@ void ProductSums::flush(int64_t begin, int64_t end) {
 }
 
 void ProductSums::finish(const double* off, double count, float* scatter, double* along) {
-  at::parallel_for(0, pairs(), 1, [&](int64_t begin, int64_t end) { flush(begin, end); });
-  at::parallel_for(0, panels_, 1, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, pairs(), kWork / (panel_ * panel_), [&](int64_t begin, int64_t end) { flush(begin, end); });
+  at::parallel_for(0, panels_, std::max<int64_t>(1, kWork / (panel_ * padded_)), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
       for (int64_t j = 0; j < panels_; ++j) write_tile(i, j, off, count, scatter, along);
   });

@@ -72,3 +72,13 @@ def test_a_tray_holds_held_out_digits_once_each(data: ModuleType) -> None:
         assert ((tray.labels != normal) == intruder).all()
     known = {picture.tobytes() for picture in held_out.pictures}
     assert all(picture.tobytes() in known for picture in tray.pictures)
+
+
+def test_few_shots_are_classified_as_scikit_learn_does_or_better(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["few_shots.py", "--seeds", "3"])
+    assert load("few_shots").main() == 0
+    printed = capsys.readouterr().out
+    assert printed.count("naive Bayes") == 5
+    assert "as expected" in printed

@@ -66,6 +66,16 @@ def test_a_given_shrinkage(generator: torch.Generator) -> None:
             fit(good[:, 0] if fit == GaussianDetector.fit else good, shrinkage=-0.1)
 
 
+@pytest.mark.parametrize("d", [100, 550])
+def test_what_is_read_is_at_most_55_percent_of_full_matrices(generator: torch.Generator, d: int) -> None:
+    """Mean, triangle and one vector against mean, d x d float32 numbers and one vector; a quarter in bfloat16."""
+    covariance = spd(generator, d)
+    full = 4 * (2 * d + d * d)
+    for dtype, share in ((torch.float32, 0.55), (torch.bfloat16, 0.275)):
+        factor = factor_covariance(covariance, dtype)
+        assert 4 * 2 * d + factor.nbytes <= share * full
+
+
 def test_detector_is_ledoit_wolf(generator: torch.Generator) -> None:
     """Oracle: scikit-learn (BSD-3), whose distances are squared."""
     x = torch.randn(60, 20, generator=generator) @ torch.randn(20, 20, generator=generator) + 3
