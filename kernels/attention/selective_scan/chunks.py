@@ -58,8 +58,9 @@ def scan_in_chunks(
 def selective_scan_backward(args: tuple, outputs: tuple, grads: tuple) -> tuple:
     """Gradients of every tensor, by autograd through `scan_in_chunks`: it keeps the states of all positions."""
     again = [a.detach().requires_grad_() for a in args[:8]]
+    call: tuple = (*again, args[8])
     with torch.enable_grad():
-        made = scan_in_chunks(*again, args[8])
+        made = scan_in_chunks(*call)
     pairs = [(o, g) for o, g in zip(made, grads, strict=True) if g is not None]
     found = torch.autograd.grad([o for o, _ in pairs], again, [g for _, g in pairs], allow_unused=True)
     return (*found, None)
