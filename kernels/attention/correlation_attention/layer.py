@@ -1,6 +1,7 @@
 """CorrelationAttention, in place of a CLIP block's attention, and the block of two streams around it."""
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -117,7 +118,7 @@ class CorrelationAttention(nn.Module):
         return f"{self.proj.in_features}, heads={self.heads}, maps={self.maps!r}"
 
 
-def _read(source: nn.Module) -> tuple[nn.Parameter, nn.Parameter | None, nn.Linear, int]:
+def _read(source: Any) -> tuple[nn.Parameter, nn.Parameter | None, nn.Linear, int]:
     """Weight and bias of the three projections behind one another, the output's, and the number of heads."""
     op = "CorrelationAttention.from_attention"
     if isinstance(source, nn.MultiheadAttention):
@@ -129,12 +130,11 @@ def _read(source: nn.Module) -> tuple[nn.Parameter, nn.Parameter | None, nn.Line
             if not isinstance(getattr(source, name, nn.Identity()), nn.Identity):
                 raise ValueError(f"{op}: {type(source).__name__} has a {name}, which this layer does not")
         return source.qkv.weight, source.qkv.bias, source.proj, source.num_heads
-    parts = [getattr(source, name, None) for name in ("q_proj", "k_proj", "v_proj")]
-    if all(isinstance(part, nn.Linear) for part in parts) and hasattr(source, "out_proj"):
-        biases = [part.bias for part in parts if part is not None and part.bias is not None]
-        weight = nn.Parameter(torch.cat([part.weight.detach() for part in parts if part is not None]))
-        bias = nn.Parameter(torch.cat(biases).detach()) if len(biases) == 3 else None
-        return weight, bias, source.out_proj, source.num_heads
+    if all(hasattr(source, name) for name in ("q_proj", "k_proj", "v_proj", "out_proj")):
+        parts = [source.q_proj, source.k_proj, source.v_proj]
+        weight = nn.Parameter(torch.cat([part.weight.detach() for part in parts]))
+        biases = [part.bias.detach() for part in parts if part.bias is not None]
+        return weight, nn.Parameter(torch.cat(biases)) if len(biases) == 3 else None, source.out_proj, source.num_heads
     raise ValueError(f"{op}: source must hold in_proj_weight, qkv or q_proj, got {type(source).__name__}")
 
 

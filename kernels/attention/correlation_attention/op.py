@@ -24,6 +24,7 @@ SPEC = OpSpec(
     tolerances={torch.float32: (2e-5, 2e-5), torch.bfloat16: (1e-2, 1e-2), torch.float16: (2e-3, 2e-3)},
     compare=compare,
     cpu="C++",
+    cuda="_triton:launch",
 )
 _op, _call = register(SPEC)
 
@@ -60,9 +61,9 @@ def attend_by_correlation(
 
     out[b, h] = (sum over the maps X Y of softmax(X Y^T scale)) V, not averaged: three maps have rows that sum to 3.
 
-    The float32 highest score of a row is taken off before exp, since scores of a row with itself are large. No N x N map
-    is written: memory grows as N. On the CPU, 16-bit input is computed in float32, and equal inputs give equal bits in
-    any batch and with any number of threads.
+    The highest score of a row is taken off before exp, in float32, since scores of a row with itself are large. No
+    N x N map is written: memory grows as N. On the CPU, 16-bit input is computed in float32, and equal inputs give
+    equal bits in any batch and with any number of threads.
 
     Args:
         q: [B, H, N, d], float16, bfloat16 or float32, any strides; d at least 1.
@@ -80,9 +81,9 @@ def attend_by_correlation(
         ValueError: wrong rank or shape, unknown or repeated maps, a scale that is not finite, another device.
         TypeError: another dtype.
 
-    Source: Li et al., "CLIP Surgery for better explainability with enhancement in open-vocabulary tasks" (2023), section
-    3; Salehi et al., "Crane: context-guided prompt learning and attention refinement for zero-shot anomaly detection"
-    (2025), E-Attn: the sum of three.
+    Source: Li et al., "CLIP Surgery for better explainability with enhancement in open-vocabulary tasks" (2023),
+    section 3; Salehi et al., "Crane: context-guided prompt learning and attention refinement for zero-shot anomaly
+    detection" (2025), E-Attn: the sum of three.
     """
     return _attend(q, k, v, maps, False, scale)[0]
 

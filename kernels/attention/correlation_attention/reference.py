@@ -26,7 +26,7 @@ def correlation_attention_reference(
     rows["qkv"] = torch.cat([rows["q"], rows["k"], rows["v"]], -1)
 
     def attend(names: list[str]) -> torch.Tensor:
-        P = 0
+        P = torch.zeros((), dtype=torch.float64, device=v.device)
         for name in names:
             x, y = PAIRS.get(name, (name, name))
             c = scale / 3**0.5 if name == "qkv" else scale

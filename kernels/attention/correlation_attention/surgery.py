@@ -13,7 +13,7 @@ def remove_redundancy(image: torch.Tensor, text: torch.Tensor, *, temperature: f
         out[b, i, j] = sum over c of (w_j f_ic t_jc - mean over j' of w_j' f_ic t_j'c)
                      = w_j <f_i, t_j> - mean over j' of w_j' <f_i, t_j'>
 
-    The first form is as published and holds [B, N, T, C]; computed is the second: one product, and the mean of its rows.
+    The first form is as published and holds [B, N, T, C]; computed is the second: one product and the mean of its rows.
 
     Args:
         image: [B, N, C] unit features, the class token first, float16, bfloat16 or float32.

@@ -12,13 +12,15 @@ from planmill.kernels.common.registration import register
 from planmill.kernels.common.spec import OpSpec
 
 SPEC = OpSpec(
-    schema="similarity_attention(Tensor features, Tensor values, float beta, float gamma, bool batch_coupled) -> Tensor",
+    schema="similarity_attention(Tensor features, Tensor values, float beta, float gamma, bool batch_coupled) "
+    "-> Tensor",
     outputs=lambda features, values, beta, gamma, batch_coupled: [(values.shape, values.dtype)],
     reference=similarity_attention_reference,
     cases=cases,
     tolerances={torch.float32: (2e-5, 2e-5), torch.bfloat16: (1e-2, 1e-2), torch.float16: (2e-3, 2e-3)},
     compare=compare,
     cpu="C++",
+    cuda="_triton:launch",
 )
 _op, _call = register(SPEC)
 
