@@ -7,7 +7,7 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
+#include <memory>
 #include <string_view>
 #include <utility>
 #include <vector>
@@ -52,8 +52,9 @@ class Image {
         pairs_(pairs),
         padded_((problem.d + kernels.vector - 1) / kernels.vector * kernels.vector),
         stride_(padded_ / 16 % 2 == 1 ? padded_ : padded_ + 16),  // an odd number of cache lines: no two rows in one set
-        rows_(static_cast<size_t>(problem.heads * std::min(kBlock, problem.tokens) * stride_)),
-        products_(pairs.size() * static_cast<size_t>(problem.d * padded_)),
+        rows_(std::make_unique_for_overwrite<float[]>(
+            static_cast<size_t>(problem.heads * std::min(kBlock, problem.tokens) * stride_))),
+        products_(std::make_unique_for_overwrite<float[]>(pairs.size() * static_cast<size_t>(problem.d * padded_))),
         pivots_(static_cast<size_t>(problem.heads * padded_)),
         sums_(static_cast<size_t>(problem.heads * padded_)),
         totals_(static_cast<size_t>(problem.heads * padded_)) {}
@@ -76,7 +77,7 @@ class Image {
   }
 
  private:
-  float* rows(int64_t head) { return rows_.data() + head * std::min(kBlock, problem_.tokens) * stride_; }
+  float* rows(int64_t head) { return rows_.get() + head * std::min(kBlock, problem_.tokens) * stride_; }
 
   // Tokens of one head relative to its pivot, which the first block chooses, and their sums.
   void prepare(int64_t head, const float* x, int64_t count, bool choose) {
@@ -108,7 +109,7 @@ class Image {
         const auto [i, j] = pairs_[static_cast<size_t>(t / chunks)];
         const int64_t first = t % chunks * kProductChunk;
         kernels_.multiply(rows(i), rows(j), count, stride_, first, std::min(kProductChunk, problem_.d - first), padded_,
-                          products_.data() + (t / chunks * problem_.d + first) * padded_, add);
+                          products_.get() + (t / chunks * problem_.d + first) * padded_, add);
       }
     });
   }
@@ -137,7 +138,7 @@ class Image {
       centre(j, right_mean, right);
       for (size_t c = 0; c < size; ++c) right_mean[c] += right[c];
     }
-    float* c = products_.data() + p * problem_.d * padded_;
+    float* c = products_.get() + p * problem_.d * padded_;
     kernels_.finish(c, problem_.d, padded_, 1.0f / static_cast<float>(problem_.tokens), centred ? left_mean : nullptr, left,
                     right, right_mean, squares);
     for (int64_t k = 0; k < padded_; ++k) scale[k] = problem_.normalize ? inverse_length(c + k, squares[k]) : 1.0f;
@@ -159,7 +160,8 @@ class Image {
   const Problem& problem_;
   const Pairs& pairs_;
   int64_t padded_, stride_;
-  std::vector<float> rows_, products_, pivots_, sums_;
+  std::unique_ptr<float[]> rows_, products_;
+  std::vector<float> pivots_, sums_;
   std::vector<double> totals_;
 };
 
@@ -171,8 +173,8 @@ at::Tensor head_covariance(const at::Tensor& x, const at::Tensor& weight, const 
   at::Tensor out = at::empty({batch, count, d, d}, x.options().dtype(at::kFloat));
   if (tokens == 0) return out.zero_();
   if (out.numel() == 0) return out;
-  at::Tensor tidy = at::empty({batch, tokens, heads, d}, out.options());
-  tidy.copy_(interleaved ? x.unflatten(2, {d, heads}).transpose(2, 3) : x.unflatten(2, {heads, d}));
+  const at::Tensor split = interleaved ? x.unflatten(2, {d, heads}).transpose(2, 3) : x.unflatten(2, {heads, d});
+  const at::Tensor tidy = split.to(at::kFloat).contiguous();
   const at::Tensor w = weight.contiguous(), b = bias.contiguous();
   const bool normed = w.numel() > 0;
   const Problem problem{normed ? w.const_data_ptr<float>() : nullptr, normed ? b.const_data_ptr<float>() : nullptr,
