@@ -11,10 +11,12 @@ from planmill.engine import DynamicDim, Session, build
 from planmill.kernels.attention import (
     GatedLargeKernel,
     GatedLinearAttention,
+    GroupedPowerMean,
     HaloAttention,
     LinearAttention,
     LinearRecurrence,
     MambaMixer,
+    SubspaceAttention,
     ViGAttention,
 )
 
@@ -55,12 +57,17 @@ def large_kernel_attention() -> tuple[nn.Module, torch.Tensor, set[str]]:
     return nn.Sequential(*blocks), torch.randn(2, 4, 5, 6), {"planmill::large_kernel_attention"}
 
 
+def pooling() -> tuple[nn.Module, torch.Tensor, set[str]]:
+    return nn.Sequential(Residual(SubspaceAttention(4, 2)), GroupedPowerMean(4, 2)), torch.randn(2, 4, 5, 6), set()
+
+
 MODELS: list[Callable[[], tuple[nn.Module, torch.Tensor, set[str]]]] = [
     state_space,
     gated_linear_attention,
     halo_attention,
     linear_attention,
     large_kernel_attention,
+    pooling,
 ]
 
 
