@@ -9,15 +9,20 @@ from torch import nn
 
 from planmill.engine import DynamicDim, Session, build
 from planmill.kernels.attention import (
+    ClusterSelfAttention,
+    ConvolutionalFeedForward,
     GatedLargeKernel,
     GatedLinearAttention,
     GroupedPowerMean,
+    GlobalLocalAttention,
     HaloAttention,
+    HeadTokenAttention,
     LinearAttention,
     LinearRecurrence,
     MambaMixer,
     SubspaceAttention,
     ViGAttention,
+    roll_out_row,
 )
 
 
@@ -61,6 +66,41 @@ def pooling() -> tuple[nn.Module, torch.Tensor, set[str]]:
     return nn.Sequential(Residual(SubspaceAttention(4, 2)), GroupedPowerMean(4, 2)), torch.randn(2, 4, 5, 6), set()
 
 
+def cluster_attention() -> tuple[nn.Module, torch.Tensor, set[str]]:
+    layers = [ClusterSelfAttention(8, 2, 4, 8, causal=True, shared_qk=shared) for shared in (False, True)]
+    for layer in layers:
+        layer.global_attn.set_centroids(torch.randn(2, 2, 4))
+    return (
+        nn.Sequential(*map(Residual, layers)),
+        torch.randn(2, 9, 8),
+        {"planmill::cluster_attention", "planmill::cluster_members"},
+    )
+
+
+class Branches(nn.Module):
+    """Two blocks with head tokens, then the patches that their class token came to see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attentions = nn.ModuleList(HeadTokenAttention(8, 2) for _ in range(2))
+        self.feed_forwards = nn.ModuleList(ConvolutionalFeedForward(8) for _ in range(2))
+        self.local = GlobalLocalAttention(8, 2, 0.3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        seen = []
+        for attention, feed_forward in zip(self.attentions, self.feed_forwards, strict=True):
+            assert isinstance(attention, HeadTokenAttention)
+            seen.append(attention.qkv(x).unflatten(2, (3, 2, 4)).permute(2, 0, 3, 1, 4))
+            x = x + attention(x)
+            x = x + feed_forward(x)
+        scores = roll_out_row([qkv[0] for qkv in seen], [qkv[1] for qkv in seen], chunk=8)
+        return self.local(x, scores[:, 1:])[0]
+
+
+def head_tokens_and_global_local() -> tuple[nn.Module, torch.Tensor, set[str]]:
+    return Branches(), torch.randn(2, 10, 8), set()
+
+
 MODELS: list[Callable[[], tuple[nn.Module, torch.Tensor, set[str]]]] = [
     state_space,
     gated_linear_attention,
@@ -68,6 +108,8 @@ MODELS: list[Callable[[], tuple[nn.Module, torch.Tensor, set[str]]]] = [
     linear_attention,
     large_kernel_attention,
     pooling,
+    cluster_attention,
+    head_tokens_and_global_local,
 ]
 
 
