@@ -10,8 +10,10 @@ from sklearn.decomposition import PCA
 
 from planmill.kernels.moments import (
     GaussianDetector,
+    GaussianHead,
     Moments,
     PositionGaussians,
+    VonMisesFisherHead,
     factor_covariance,
     measure_mahalanobis,
 )
@@ -112,6 +114,27 @@ def test_threshold_is_chi_square(generator: torch.Generator, sigma: float) -> No
     detector = GaussianDetector.fit(torch.randn(300, 25, generator=generator))
     wanted = np.sqrt(scipy.stats.chi2.isf(scipy.special.erfc(sigma / np.sqrt(2)), 25))
     assert abs(detector.threshold(sigma) - wanted) < 1e-8 * wanted
+
+
+def test_layers_compile_and_export(generator: torch.Generator) -> None:
+    """In one piece, with a dynamic batch; heads and detectors alike."""
+    good = torch.randn(40, 3, 6, generator=generator)
+    labels = torch.arange(40) % 4
+    layers: list[tuple[torch.nn.Module, torch.Tensor]] = [
+        (GaussianDetector.fit(good[:, 0]), good[:5, 0]),
+        (GaussianDetector.fit(good[:, 0], keep="npca", explained=0.5), good[:5, 0]),
+        (PositionGaussians.fit(good), good[:5]),
+        (GaussianHead.fit(good[:, 0], labels), good[:5, 0]),
+        (VonMisesFisherHead.fit(good[:, 0], labels), good[:5]),
+    ]
+    for layer, x in layers:
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x), layer(x), atol=0, rtol=0)
+        batch = torch.export.Dim("batch", min=2, max=64)
+        program = torch.export.export(layer, (x,), dynamic_shapes=({0: batch},))
+        torch.testing.assert_close(program.module()(x[:3]), layer(x[:3]), atol=0, rtol=0)
+        alone = torch.cat([layer(one[None]) for one in x])
+        torch.testing.assert_close(alone, layer(x), atol=1e-6, rtol=1e-6)
 
 
 def test_state_dict(generator: torch.Generator) -> None:
