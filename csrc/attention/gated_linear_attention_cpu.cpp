@@ -5,7 +5,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <vector>
+#include <memory>
 
 #include "attention/gated_scan.h"
 #include "common/cpu_capability.h"
@@ -64,10 +64,10 @@ std::tuple<at::Tensor, at::Tensor> gated_linear_attention(const at::Tensor& q, c
   const int64_t slices = choose_slices(units, blocks, threads);
   const int64_t width = (blocks + slices - 1) / slices * kernels.value_block;
   at::parallel_for(0, units * slices, std::max<int64_t>(1, kGrain * slices / work), [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(static_cast<size_t>(kernels.scratch(sequence(0), std::min(width, values))));
+    const std::unique_ptr<float[]> scratch(new float[kernels.scratch(sequence(0), std::min(width, values))]);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = i % slices * width;
-      if (first < values) kernels.attend(sequence(i / slices), first, std::min(width, values - first), scratch.data());
+      if (first < values) kernels.attend(sequence(i / slices), first, std::min(width, values - first), scratch.get());
     }
   });
   return {out, state};
