@@ -151,7 +151,7 @@ def test_one_graph_and_export_with_a_dynamic_batch() -> None:
 def test_random_draws() -> None:
     """Random sizes, strides, kinds of data and options against the definition, on this machine's instruction set."""
     spec = ops()["halo_attention"]
-    for seed in range(120):
+    for seed in range(70):
         args = random_arguments(seed)
         got, want = spec.op(*args), spec.reference(*args)
         print(f"seed {seed}: {[list(a.shape) if isinstance(a, torch.Tensor) else a for a in args]}")

@@ -40,7 +40,7 @@ def arguments(seed: int) -> tuple:
 
 def test_random_draws() -> None:
     spec = ops()["selective_scan"]
-    for seed in range(120):
+    for seed in range(70):
         args = arguments(seed)
         print(f"seed {seed}: {[list(a.shape) if isinstance(a, torch.Tensor) else a for a in args]}")
         wanted = spec.reference(*args)
