@@ -13,13 +13,14 @@ from planmill.kernels.attention import (
     ConvolutionalFeedForward,
     GatedLargeKernel,
     GatedLinearAttention,
-    GroupedPowerMean,
     GlobalLocalAttention,
+    GroupedPowerMean,
     HaloAttention,
     HeadTokenAttention,
     LinearAttention,
     LinearRecurrence,
     MambaMixer,
+    SoftmaxFreeAttention,
     SubspaceAttention,
     ViGAttention,
     roll_out_row,
@@ -101,6 +102,11 @@ def head_tokens_and_global_local() -> tuple[nn.Module, torch.Tensor, set[str]]:
     return Branches(), torch.randn(2, 10, 8), set()
 
 
+def softmax_free_attention() -> tuple[nn.Module, torch.Tensor, set[str]]:
+    blocks = [Residual(SoftmaxFreeAttention(8, 2, 2)), Residual(SoftmaxFreeAttention(8, 2, 2, mode="solve"))]
+    return nn.Sequential(*blocks), torch.randn(2, 16, 8), {"planmill::softmax_free_attention"}
+
+
 MODELS: list[Callable[[], tuple[nn.Module, torch.Tensor, set[str]]]] = [
     state_space,
     gated_linear_attention,
@@ -110,6 +116,7 @@ MODELS: list[Callable[[], tuple[nn.Module, torch.Tensor, set[str]]]] = [
     pooling,
     cluster_attention,
     head_tokens_and_global_local,
+    softmax_free_attention,
 ]
 
 
