@@ -1,5 +1,7 @@
 """SoftmaxFreeAttention against the published form, attend_softmax_free on random draws, and their messages."""
 
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from planmill.kernels.attention import SoftmaxFreeAttention, attend_softmax_free
 from planmill.kernels.attention.softmax_free_attention.cases import drawn
 from planmill.kernels.attention.softmax_free_attention.op import compare
 
+ROOT = Path(__file__).parents[3]
 SPEC = ops()["softmax_free_attention"]
 
 
@@ -183,6 +186,23 @@ def test_random() -> None:
         )  # fmt: skip
         print(f"seed {seed}: {sizes}, {args[3:]}")  # shown by pytest where the comparison fails
         compare(args, (SPEC.op(*args),), (SPEC.reference(*args),), *SPEC.tolerances[args[0].dtype])
+
+
+def test_many_landmarks() -> None:
+    """Past a block of every product of Newton's."""
+    args = drawn(torch.float32, torch.Generator().manual_seed(2), 1, 1, 60, 301, 16, iterations=5)
+    compare(args, (SPEC.op(*args),), (SPEC.reference(*args),), *SPEC.tolerances[torch.float32])
+
+
+def test_no_data_race_in_cuda(tmp_path: Path) -> None:
+    """Every thread of the block is a thread here: a missing barrier is a race that the sanitizer reports."""
+    program = tmp_path / "check"
+    source = Path(__file__).with_name("inverse_check.cpp")
+    flags = ["-O1", "-std=c++20", "-fsanitize=thread", "-pthread", f"-I{ROOT / 'csrc'}"]
+    subprocess.run(["g++", *flags, str(source), "-o", str(program)], check=True)
+    result = subprocess.run([str(program)], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr[:4000]
+    assert "12 inverses checked" in result.stdout
 
 
 def test_gradient_and_one_graph() -> None:
