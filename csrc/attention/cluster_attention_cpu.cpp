@@ -20,7 +20,8 @@ constexpr int64_t kTokensOfATask = 64;
 void check_range(const char* name, const at::Tensor& members, int64_t tokens) {
   const int32_t* p = members.const_data_ptr<int32_t>();
   for (int64_t i = 0; i < members.numel(); ++i)
-    TORCH_CHECK_VALUE(p[i] >= 0 && p[i] < tokens, "cluster_attention: ", name, " must be from 0 to ", tokens - 1, ", got ", p[i]);
+    TORCH_CHECK_VALUE(p[i] >= 0 && p[i] < tokens, "cluster_attention: ", name, " must be from 0 to ", tokens - 1, ", got ",
+                      p[i]);
 }
 
 // Causal and shared kernels find keys by their order.
@@ -44,7 +45,10 @@ struct Slots {
     slots.resize(static_cast<size_t>(count));
     for (int64_t s = 0; s < count; ++s) ++starts[static_cast<size_t>(members[s]) + 2];
     for (int64_t n = 0; n < tokens; ++n) starts[static_cast<size_t>(n) + 2] += starts[static_cast<size_t>(n) + 1];
-    for (int64_t s = 0; s < count; ++s) slots[static_cast<size_t>(starts[static_cast<size_t>(members[s]) + 1]++)] = static_cast<int32_t>(s);
+    for (int64_t s = 0; s < count; ++s) {
+      const int32_t slot = starts[static_cast<size_t>(members[s]) + 1]++;
+      slots[static_cast<size_t>(slot)] = static_cast<int32_t>(s);
+    }
   }
 };
 
@@ -84,7 +88,8 @@ void attend_heads(const ClusterKernels& kernels, const Attention& a, int64_t fir
   });
   auto* results = static_cast<char*>(out.data_ptr());
   const int64_t blocks = (tokens + kTokensOfATask - 1) / kTokensOfATask;
-  at::parallel_for(0, count * blocks, std::max<int64_t>(1, kGrain / (kTokensOfATask * padded)), [&](int64_t begin, int64_t end) {
+  const int64_t grain = std::max<int64_t>(1, kGrain / (kTokensOfATask * padded));
+  at::parallel_for(0, count * blocks, grain, [&](int64_t begin, int64_t end) {
     std::vector<const float*> chosen(static_cast<size_t>(a.clusters));
     for (int64_t i = begin; i < end; ++i) {
       const int64_t head = i / blocks, from = i % blocks * kTokensOfATask;
@@ -94,7 +99,8 @@ void attend_heads(const ClusterKernels& kernels, const Attention& a, int64_t fir
         chosen.resize(std::max(chosen.size(), static_cast<size_t>(found)));
         const auto ahead = static_cast<size_t>(start + found) + 8;  // rows of the next tokens lie anywhere
         if (ahead < of.slots.size())
-          for (int64_t d = 0; d < padded; d += 16) __builtin_prefetch(rows + (head * per_head + of.slots[ahead]) * padded + d);
+          for (int64_t d = 0; d < padded; d += 16)
+            __builtin_prefetch(rows + (head * per_head + of.slots[ahead]) * padded + d);
         for (int32_t s = 0; s < found; ++s)
           chosen[static_cast<size_t>(s)] = rows + (head * per_head + of.slots[static_cast<size_t>(start + s)]) * padded;
         kernels.combine(chosen.data(), found, width, element_of(out),
@@ -107,7 +113,7 @@ void attend_heads(const ClusterKernels& kernels, const Attention& a, int64_t fir
 at::Tensor cluster_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& q_members,
                              const at::Tensor& k_members, const at::Tensor& memory_k, const at::Tensor& memory_v,
                              const at::Tensor& q_mask, const at::Tensor& k_mask, double scale, bool causal, bool shared_qk) {
-  at::Tensor out = at::empty({q.size(0), q.size(1), q.size(2), v.size(3)}, q.options().memory_format(at::MemoryFormat::Contiguous));
+  at::Tensor out = at::empty({q.size(0), q.size(1), q.size(2), v.size(3)}, q.options());
   if (out.numel() == 0) return out;
   const at::Tensor of_queries = q_members.contiguous(), of_keys = shared_qk ? of_queries : k_members.contiguous();
   check_range("q_members", of_queries, q.size(2));
@@ -116,7 +122,8 @@ at::Tensor cluster_attention(const at::Tensor& q, const at::Tensor& k, const at:
   const Attention a{with_whole_rows(q), with_whole_rows(k), with_whole_rows(v), shared_qk ? keys : of_queries, keys,
                     memory_k.contiguous(), memory_v.contiguous(), q_mask.contiguous(), k_mask.contiguous(),
                     static_cast<float>(scale), causal, shared_qk};
-  TORCH_CHECK_VALUE(a.clusters * a.queries < (int64_t{1} << 31), "cluster_attention: q_members must hold fewer than 2^31 a head, got ", a.clusters * a.queries);
+  TORCH_CHECK_VALUE(a.clusters * a.queries < (int64_t{1} << 31),
+                    "cluster_attention: q_members must hold fewer than 2^31 a head, got ", a.clusters * a.queries);
   const ClusterKernels& kernels = cluster_kernels_in_use();
   const int64_t padded = (v.size(3) + kernels.width - 1) / kernels.width * kernels.width;
   const int64_t all = q.size(0) * q.size(1), per_head = a.clusters * a.queries * padded;

@@ -39,7 +39,7 @@ struct ClusterKernels {
   int64_t (*above)(const float* scores, const float* thresholds, int64_t padded, int32_t* columns);
 
   // Which `wanted` of `count` scores are largest, the earlier of equal ones: moved to the front with their tokens, in their
-  // order. None is below `floor`, which becomes one that any further score must be above. There is room for a vector more.
+  // order. `floor` becomes what any further score must be above. There is room for a vector more.
   void (*keep_largest)(float* scores, int32_t* tokens, int64_t count, int64_t wanted, float& floor);
 
   int64_t (*attend_scratch)(const Cluster& cluster);  // floats

@@ -114,14 +114,19 @@ inline float of_ordinal(int64_t n) {
   return __builtin_bit_cast(float, bits ^ ((bits >> 31) & 0x7fffffff));
 }
 
-// By bisection: a count is a few comparisons of vectors, and no branch depends on a score.
+// By bisection: a count is a few comparisons of vectors, and no branch depends on a single score.
 template <class V>
 void keep_largest(float* scores, int32_t* tokens, int64_t count, int64_t wanted, float& floor) {
   const int64_t padded = padded_to<V>(count);
+  for (int64_t i = count; i < padded; ++i) scores[i] = scores[0];
+  auto top = V::load(scores), bottom = V::sub(V::zero(), top);
+  for (int64_t i = V::kWidth; i < padded; i += V::kWidth) {
+    top = V::max(top, V::load(scores + i));
+    bottom = V::max(bottom, V::sub(V::zero(), V::load(scores + i)));
+  }
   for (int64_t i = count; i < padded; ++i) scores[i] = kMinusInfinity;  // never counted: no trial is as low
-  auto top = V::set1(kMinusInfinity);
-  for (int64_t i = 0; i < padded; i += V::kWidth) top = V::max(top, V::load(scores + i));
-  int64_t low = ordinal(floor), high = ordinal(V::max_lane(top)) + 1;  // at least `wanted` are at or above low, not at high
+  // `wanted` or more are at or above `low`, none at or above `high`
+  int64_t low = ordinal(-V::max_lane(bottom)), high = ordinal(V::max_lane(top)) + 1;
   bool exact = false;
   while (high - low > 1 && !exact) {
     const int64_t middle = low + (high - low) / 2;
@@ -132,15 +137,16 @@ void keep_largest(float* scores, int32_t* tokens, int64_t count, int64_t wanted,
     exact = found == wanted;
   }
   floor = of_ordinal(low);
-  int64_t ties = wanted;  // of those that equal the floor; what is above it goes first
-  for (int64_t i = 0; i < count; ++i) ties -= scores[i] > floor;
+  int32_t ties = static_cast<int32_t>(wanted);  // of those that equal the floor; what is above it goes first
+  for (int64_t i = 0; i < count; ++i) ties -= static_cast<int32_t>(scores[i] > floor);
   int64_t kept = 0;
   for (int64_t i = 0; i < count; ++i) {
-    const bool tied = scores[i] == floor && ties > 0;
+    const float score = scores[i];
+    const int32_t tied = static_cast<int32_t>(score == floor) & static_cast<int32_t>(ties > 0);
     ties -= tied;
-    scores[kept] = scores[i];
+    scores[kept] = score;
     tokens[kept] = tokens[i];
-    kept += scores[i] > floor || tied;
+    kept += static_cast<int32_t>(score > floor) | tied;
   }
 }
 
