@@ -32,8 +32,8 @@ void pack_keys(const float* keys, int64_t heads, int64_t prototypes, int64_t wid
 
 // Table [rows, columns] of one sample in blocks of columns.
 void pack_table(const float* table, int64_t rows, int64_t columns, float* out) {
-  for (int64_t c = 0; c < columns; ++c)
-    for (int64_t r = 0; r < rows; ++r)
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < columns; ++c)
       out[(c / kPrototypeBlock * rows + r) * kPrototypeBlock + c % kPrototypeBlock] = table[r * columns + c];
 }
 
@@ -52,11 +52,13 @@ at::Tensor prototype_attention(const at::Tensor& q, const at::Tensor& keys, cons
   at::Tensor blocks = at::zeros({batch, rows * wide}, x.options());
   at::Tensor start = at::zeros({wide}, x.options());
   std::copy_n(b.const_data_ptr<float>(), columns, start.data_ptr<float>());
-  for (int64_t i = 0; i < batch; ++i) {
-    pack_keys(k.const_data_ptr<float>() + i * heads * prototypes * width, heads, prototypes, width,
-              packed.data_ptr<float>() + i * heads * width * padded);
-    pack_table(t.const_data_ptr<float>() + i * rows * columns, rows, columns, blocks.data_ptr<float>() + i * rows * wide);
-  }
+  at::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      pack_keys(k.const_data_ptr<float>() + i * heads * prototypes * width, heads, prototypes, width,
+                packed.data_ptr<float>() + i * heads * width * padded);
+      pack_table(t.const_data_ptr<float>() + i * rows * columns, rows, columns, blocks.data_ptr<float>() + i * rows * wide);
+    }
+  });
   const PrototypeKernels& kernels = choose_kernels(prototypes_baseline(), prototypes_avx2(), prototypes_avx512());
   const int64_t tiles = (tokens + kPrototypeRows - 1) / kPrototypeRows;
   at::parallel_for(0, batch * tiles, 1, [&](int64_t begin, int64_t end) {

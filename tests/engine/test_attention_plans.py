@@ -11,6 +11,8 @@ from planmill.engine import DynamicDim, Session, build
 from planmill.kernels.attention import (
     ClusterSelfAttention,
     ConvolutionalFeedForward,
+    CorrelationAttention,
+    CorrelationBlock,
     GatedLargeKernel,
     GatedLinearAttention,
     GlobalLocalAttention,
@@ -20,7 +22,10 @@ from planmill.kernels.attention import (
     LinearAttention,
     LinearRecurrence,
     MambaMixer,
+    PrototypeBlock,
+    PrototypeExtractor,
     SoftmaxFreeAttention,
+    Streams,
     SubspaceAttention,
     ViGAttention,
     roll_out_row,
@@ -107,8 +112,51 @@ def softmax_free_attention() -> tuple[nn.Module, torch.Tensor, set[str]]:
     return nn.Sequential(*blocks), torch.randn(2, 16, 8), {"planmill::softmax_free_attention"}
 
 
+class TwoStreams(nn.Module):
+    """Two blocks of two streams; the new stream, the class token from the original one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            CorrelationBlock(CorrelationAttention(8, 2), nn.LayerNorm(8), nn.LayerNorm(8), nn.Linear(8, 8))
+            for _ in range(2)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        streams = Streams(x, x)
+        for block in self.blocks:
+            streams = block(streams)
+        return torch.cat([streams.original[:, :1], streams.new[:, 1:]], 1)
+
+
+class Prototypes(nn.Module):
+    """INP-Former's extractor and two blocks of its decoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Parameter(torch.randn(3, 8))
+        self.extractor = PrototypeExtractor(8, 2)
+        self.blocks = nn.ModuleList(PrototypeBlock(8, 2) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        prototypes = self.extractor(self.tokens, x)
+        for block in self.blocks:
+            x = block(x, prototypes)
+        return x
+
+
+def correlation_attention() -> tuple[nn.Module, torch.Tensor, set[str]]:
+    return TwoStreams(), torch.randn(2, 9, 8), {"planmill::correlation_attention"}
+
+
+def prototype_attention() -> tuple[nn.Module, torch.Tensor, set[str]]:
+    return Prototypes(), torch.randn(2, 9, 8), {"planmill::prototype_attention"}
+
+
 MODELS: list[Callable[[], tuple[nn.Module, torch.Tensor, set[str]]]] = [
     state_space,
+    correlation_attention,
+    prototype_attention,
     gated_linear_attention,
     halo_attention,
     linear_attention,

@@ -36,6 +36,13 @@ class _Projections(nn.Module):
         return x.unflatten(2, (self.heads, x.shape[2] // self.heads)).transpose(1, 2)
 
 
+def _by_head(rows: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
+    """[B, H, M, d] times [H, d, C] -> [B, H, M, C]; matmul would copy the matrices for each sample."""
+    batch, heads, count, width = rows.shape
+    found = torch.bmm(rows.transpose(0, 1).reshape(heads, batch * count, width), matrices)
+    return found.view(heads, batch, count, matrices.shape[2]).transpose(0, 1)
+
+
 class PrototypeAttention(_Projections):
     """Attention of tokens to prototypes, linear in both: `mix_prototypes` with folded values.
 
@@ -66,7 +73,7 @@ class PrototypeAttention(_Projections):
             raise ValueError(f"PrototypeAttention: prototypes must be [B, M, {dim}], got {list(prototypes.shape)}")
         k, v = (self.split(part) for part in self.kv(prototypes).chunk(2, 2))
         weight = self.proj.weight.T.reshape(self.heads, dim // self.heads, dim)
-        table = torch.matmul(v, weight).flatten(1, 2)  # [B, H M, C]
+        table = _by_head(v, weight).flatten(1, 2)  # [B, H M, C]
         q = self.q(x).unflatten(2, (self.heads, dim // self.heads))
         return mix_prototypes(q, k, table, self.learn_scale.flatten(), self.proj.bias)
 
@@ -108,9 +115,9 @@ class _Pooling(_Projections):
         batch, count, dim = x.shape
         width = dim // self.heads
         key, value = self.kv.weight.view(2, self.heads, width, dim).unbind()
-        rows = torch.matmul(self.split(self.q(x)), key).reshape(batch, 1, self.heads * count, dim)
+        rows = _by_head(self.split(self.q(x)), key).reshape(batch, 1, self.heads * count, dim)
         pooled = F.scaled_dot_product_attention(rows, y[:, None], y[:, None], scale=width**-0.5)  # y is read once
-        found = torch.matmul(pooled.view(batch, self.heads, count, dim), value.transpose(1, 2))
+        found = _by_head(pooled.view(batch, self.heads, count, dim), value.transpose(1, 2))
         found = found + self.kv.bias[dim:].view(self.heads, 1, width)
         return self.proj(found.transpose(1, 2).reshape(batch, count, dim))
 
