@@ -15,6 +15,7 @@ from planmill.kernels.attention import (
     CorrelationBlock,
     GatedLargeKernel,
     GatedLinearAttention,
+    GlobalHyperKernel,
     GlobalLocalAttention,
     GroupedPowerMean,
     HaloAttention,
@@ -69,7 +70,8 @@ def large_kernel_attention() -> tuple[nn.Module, torch.Tensor, set[str]]:
 
 
 def pooling() -> tuple[nn.Module, torch.Tensor, set[str]]:
-    return nn.Sequential(Residual(SubspaceAttention(4, 2)), GroupedPowerMean(4, 2)), torch.randn(2, 4, 5, 6), set()
+    blocks = Residual(SubspaceAttention(4, 2)), GlobalHyperKernel(4, 5, hidden=4), GroupedPowerMean(4, 2)
+    return nn.Sequential(*blocks), torch.randn(2, 4, 5, 5), set()
 
 
 def cluster_attention() -> tuple[nn.Module, torch.Tensor, set[str]]:
