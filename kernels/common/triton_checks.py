@@ -98,18 +98,17 @@ def tool(name: str) -> str:
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
 
+def _output(name: str, *arguments: str) -> str:
+    return subprocess.run([tool(name), *arguments], capture_output=True, text=True, check=True).stdout
+
+
 def read_cubin(kernel: str, arch: int, cubin: bytes, ptx: str, dynamic_shared: int) -> Facts:
     """Facts of a cubin that holds one kernel."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        usage = subprocess.run(
-            [tool("cuobjdump"), "-res-usage", path], capture_output=True, text=True, check=True
-        ).stdout
-        command = [tool("nvdisasm"), "--print-code", "--no-dataflow", path]
-        sass = (
-            subprocess.run(command, capture_output=True, text=True, check=True).stdout if arch == READ_AS_SASS else ""
-        )
+        usage = _output("cuobjdump", "-res-usage", str(path))
+        sass = _output("nvdisasm", "--print-code", "--no-dataflow", str(path)) if arch == READ_AS_SASS else ""
     used = {key: max(map(int, re.findall(rf"\b{key}:(\d+)", usage)), default=0) for key in ("REG", "STACK", "SHARED")}
     code, instruction = (sass, SASS_INSTRUCTION) if sass else (ptx, PTX_INSTRUCTION)
     opcodes = Counter(instruction.findall(code))
