@@ -1,5 +1,7 @@
 """Gated linear attention against its dense form, its own parts and random draws; fla's and ViG's layers restated."""
 
+import importlib
+
 import pytest
 import torch
 from torch import nn
@@ -53,6 +55,21 @@ def test_equals_its_dense_form(tokens: int, z: float) -> None:
     torch.testing.assert_close(attend_with_gates(q, k, v, forward).double(), dense(q, k, v, forward), atol=1e-5, rtol=0)
     got = attend_with_gates(q, k, v, forward, backward_log_gates=backward).double()
     torch.testing.assert_close(got, dense(q, k, v, forward, backward), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("z", [0.0, -100.0], ids=["gates", "closing"])
+def test_equals_the_naive_form_of_fla(z: float) -> None:
+    """fla-core (MIT) is the oracle: its token-by-token recurrence, and both directions by flipping."""
+    naive = importlib.import_module("fla.ops.gla.naive").naive_recurrent_gla
+    q, k, v, forward, backward = drawn(2, 33, 2, 16, 8, z)
+    want, state = naive(q, k, v, forward, output_final_state=True)
+    torch.testing.assert_close(attend_with_gates(q, k, v, forward), want, atol=2e-6, rtol=2e-6)
+    out, left = stream_with_gates(q, k, v, forward, None)
+    torch.testing.assert_close(out, want, atol=2e-6, rtol=2e-6)
+    torch.testing.assert_close(left, state, atol=2e-6, rtol=2e-6)
+    flipped, _ = naive(*(x.flip(1) for x in (q, k, v, backward)))
+    got = attend_with_gates(q, k, v, forward, backward_log_gates=backward)
+    torch.testing.assert_close(got, (want + flipped.flip(1)) / 2, atol=2e-6, rtol=2e-6)
 
 
 @pytest.mark.usefixtures("two_threads")
