@@ -18,7 +18,8 @@ class Choice:
         device: "cpu" or "cuda".
         backend: "reference", "C++ (<instruction set>)", "numba", "Triton", "CUDA C++" or
             "Triton and CUDA C++".
-        missing: one reason per faster backend that will not run; empty when the fastest runs.
+        missing: one reason per faster backend that will not run, and the sizes that it leaves to the reference; empty
+            when the fastest runs.
     """
 
     op: str
@@ -85,4 +86,4 @@ def _on_cuda(spec: OpSpec) -> Choice:
     absent = [f"{name} is not installed (pip install 'planmill[gpu]')" for name in needs if not _installed(name)]
     if absent:
         return Choice(spec.name, "cuda", "none", tuple(absent))
-    return Choice(spec.name, "cuda", backend)
+    return Choice(spec.name, "cuda", backend, (f"the reference for {spec.cuda_limit}",) if spec.cuda_limit else ())

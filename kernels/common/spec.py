@@ -46,6 +46,7 @@ class OpSpec:
         tolerances: per input dtype (absolute, relative) against the float64 reference of the same inputs.
         cpu: "C++" (registered by the extension), "module:function" of a numba kernel in the op's folder, or None.
         cuda: "module:function" of the launcher in the op's folder, or None.
+        cuda_limit: the sizes for which that launcher runs the reference, because no kernel of it holds them.
         no_kernel: why an op with neither `cpu` nor `cuda` needs none.
         compare: replaces the element-wise comparison, for ops whose right answer is not unique:
             `compare(args, got, want, atol, rtol)` raises AssertionError.
@@ -67,6 +68,7 @@ class OpSpec:
     )
     cpu: str | None = None
     cuda: str | None = None
+    cuda_limit: str = ""
     no_kernel: str = ""
     compare: Callable[..., None] | None = None
     backward: Callable[..., tuple] | None = None

@@ -6,14 +6,17 @@ they stand for each token is found by a stable sort of the members (torch.sort),
 sums in the order of the clusters: equal inputs give equal bits.
 
 Products of float32 are float32; those of half dtypes go through the tensor cores, the weights rounded to the dtype.
+Heads of more than 256 channels run the reference, whose sums are in no fixed order on a GPU.
 """
 
 import torch
 import triton
 import triton.language as tl
 
+from planmill.kernels.attention.cluster_attention.reference import cluster_attention_reference
 from planmill.kernels.common.triton_checks import StaticKernel
 
+WIDEST = 256  # channels of a head that a tile holds
 # By the padded width: queries and keys of a tile, warps, stages. Products of float32 have no tensor cores to feed.
 TILES = {64: (64, 32, 4, 2), 128: (32, 32, 4, 2), 256: (16, 32, 4, 2)}
 FLOAT32_TILES = {64: (64, 32, 8, 1), 128: (32, 16, 8, 1), 256: (16, 16, 8, 1)}
@@ -161,6 +164,9 @@ def launch(
     out = torch.empty(batch, heads, tokens, value_width, dtype=q.dtype, device=q.device)
     if out.numel() == 0 or clusters * queries * (keys + memory) == 0:
         return out.zero_()
+    if max(width, value_width) > WIDEST:
+        arguments = (q, k, v, q_members, k_members, memory_k, memory_v, q_mask, k_mask)
+        return cluster_attention_reference(*arguments, scale, causal, shared_qk)
     q_members, k_members = q_members.contiguous(), k_members.contiguous()
     memory_k, memory_v = memory_k.contiguous(), memory_v.contiguous()
     q_mask, k_mask = (mask.contiguous().view(torch.uint8) for mask in (q_mask, k_mask))

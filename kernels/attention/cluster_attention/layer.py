@@ -149,7 +149,9 @@ class ClusterSelfAttention(nn.Module):
         shared_qk: bool = False, memory: int = 0, context: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
-        if max_tokens % window or max_tokens < window:
+        if heads < 1 or (width is None and dim % heads):
+            raise ValueError(f"ClusterSelfAttention: heads must divide dim, {dim}, got {heads}")
+        if window < 1 or max_tokens % window or max_tokens < window:
             raise ValueError(f"ClusterSelfAttention: max_tokens must be a multiple of {window}, got {max_tokens}")
         self.width = dim // heads if width is None else width
         inner = self.width * heads
@@ -192,6 +194,13 @@ class ClusterSelfAttention(nn.Module):
             given = "none" if context is None else "one"
             raise ValueError(f"ClusterSelfAttention: context must be given where context=True only, got {given}")
         source = x if context is None else context
+        for name, tokens in (("x", x), ("context", source)):
+            if tokens.dim() != 3 or tokens.shape[2] != self.to_q.in_features:
+                needed = f"[B, N, {self.to_q.in_features}]"
+                raise ValueError(f"ClusterSelfAttention: {name} must be {needed}, got {list(tokens.shape)}")
+        if positions is not None and context is None and list(positions.shape[-2:]) != [x.shape[1], self.width]:
+            needed = f"[.., {x.shape[1]}, {self.width}]"
+            raise ValueError(f"ClusterSelfAttention: positions must be {needed}, got {list(positions.shape)}")
         q, v = self._heads(self.to_q(x)), self._heads(self.to_v(source))
         k = None if attention.shared_qk else self._heads(self.to_k(source))
         if positions is not None and context is None:

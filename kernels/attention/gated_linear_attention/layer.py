@@ -68,9 +68,10 @@ class GatedLinearAttention(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         keys, values = widths("GatedLinearAttention", dim, heads, key_ratio, value_ratio)
-        self.heads, self.groups = heads, heads // (kv_heads or heads)
-        if self.groups * (kv_heads or heads) != heads:
+        kv_heads = heads if kv_heads is None else kv_heads
+        if kv_heads < 1 or heads % kv_heads:
             raise ValueError(f"GatedLinearAttention: kv_heads must divide {heads} heads, got {kv_heads}")
+        self.heads, self.groups = heads, heads // kv_heads
         self.gate_divisor, self.clamp_min = float(gate_divisor), clamp_min
         self.q_proj = nn.Linear(dim, keys, bias=False)
         self.k_proj = nn.Linear(dim, keys // self.groups, bias=False)
@@ -192,8 +193,10 @@ class ViGAttention(nn.Module):
             height = width = math.isqrt(x.shape[1])
             if height * width != x.shape[1]:
                 raise ValueError(f"ViGAttention: {x.shape[1]} tokens are no square: height and width must be given")
-        if height is None or width is None or height * width != x.shape[1]:
+        if height is None or width is None or height < 0 or height * width != x.shape[1]:
             raise ValueError(f"ViGAttention: height * width must be {x.shape[1]}, N of x, got {height} * {width}")
+        if x.shape[1] == 0:
+            return self.o_proj(x)
         u = self.in_proj(x.transpose(1, 2).unflatten(2, (height, width))).flatten(2).transpose(1, 2)
         return self._mix(u)
 

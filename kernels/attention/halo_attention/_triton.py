@@ -8,8 +8,10 @@ import torch
 import triton
 import triton.language as tl
 
+from planmill.kernels.attention.halo_attention.reference import halo_attention_reference
 from planmill.kernels.common.triton_checks import StaticKernel
 
+WIDEST = 256  # channels of a head: float32 tiles of 512 do not fit shared memory
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -115,6 +117,9 @@ def launch(
     if y.numel() == 0:
         return y
     rows, columns = k.shape[3] // block, k.shape[4] // block
+    if max(d, dv) > WIDEST:
+        arguments = (q, k, v, rel_h, rel_w, block, halo, stride, scale, masked, scale_positions)
+        return halo_attention_reference(*arguments).contiguous()
     tiles = tile_sizes(q.dtype, d, dv, block, halo, side)
     grid = (batch * heads * rows * columns, triton.cdiv(side * side, tiles["BLOCK_I"]))
     with torch.cuda.device_of(q):

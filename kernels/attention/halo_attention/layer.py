@@ -62,8 +62,12 @@ class HaloAttention(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         dim_out = dim_out or dim
-        if dim_out % num_heads:
+        if num_heads < 1 or dim_out % num_heads:
             raise ValueError(f"HaloAttention: dim_out must be a multiple of num_heads {num_heads}, got {dim_out}")
+        if block_size < 1 or halo_size < 0:
+            raise ValueError(
+                f"HaloAttention: block_size must be at least 1, halo_size at least 0, got {block_size}, {halo_size}"
+            )
         if stride not in (1, 2):
             raise ValueError(f"HaloAttention: stride must be 1 or 2, got {stride}")
         check_choice("HaloAttention", "pad_mode", pad_mode, PAD_MODES)

@@ -47,11 +47,15 @@ class ConvolutionalFeedForward(nn.Module):
 
     def forward(self, x: torch.Tensor, grid: tuple[int, int] | None = None) -> torch.Tensor:
         """The next tokens."""
+        if x.dim() != 3 or x.shape[2] != self.conv1.in_channels or x.shape[1] == 0:
+            raise ValueError(
+                f"ConvolutionalFeedForward: x must be [B, 1 + N, {self.conv1.in_channels}], got {list(x.shape)}"
+            )
         count = x.shape[1] - 1
         height, width = (math.isqrt(count),) * 2 if grid is None else grid
         if height * width != count:
-            kind = "a square" if grid is None else f"{height} x {width}"
-            raise ValueError(f"ConvolutionalFeedForward: x must hold 1 + N tokens, N {kind}, got {list(x.shape)}")
+            needed = "a square, or grid given" if grid is None else f"{height} x {width}"
+            raise ValueError(f"ConvolutionalFeedForward: x must hold 1 + N tokens, N {needed}, got {list(x.shape)}")
         z = self._mix(x[:, 1:], height, width) if not self.training else self._train(x[:, 1:], height, width)
         gate = self.excitation(F.gelu(self.compress(z.mean(1))))
         return torch.cat([x[:, :1] * gate[:, None], z], 1)

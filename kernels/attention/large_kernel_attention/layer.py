@@ -72,6 +72,8 @@ class GatedLargeKernel(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Attend within `x`."""
+        if x.dim() != 4 or x.shape[1] != self.proj_1.in_channels:
+            raise ValueError(f"GatedLargeKernel: x must be [B, {self.proj_1.in_channels}, H, W], got {list(x.shape)}")
         return self.proj_2(self.spatial_gating_unit(nn.functional.gelu(self.proj_1(x)))) + x
 
 

@@ -61,6 +61,8 @@ def selective_scan_backward(args: tuple, outputs: tuple, grads: tuple) -> tuple:
     call: tuple = (*again, args[8])
     with torch.enable_grad():
         made = scan_in_chunks(*call)
-    pairs = [(o, g) for o, g in zip(made, grads, strict=True) if g is not None]
+    pairs = [(o, g) for o, g in zip(made, grads, strict=True) if g is not None and o.requires_grad]
+    if not pairs:
+        return (None,) * len(args)
     found = torch.autograd.grad([o for o, _ in pairs], again, [g for _, g in pairs], allow_unused=True)
     return (*found, None)

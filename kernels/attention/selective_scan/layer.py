@@ -68,6 +68,8 @@ class MambaMixer(nn.Module):
         """Mix `x` [B, L, C]."""
         if x.dim() != 3 or x.shape[2] != self.in_proj.in_features:
             raise ValueError(f"MambaMixer: x must be [B, L, {self.in_proj.in_features}], got {list(x.shape)}")
+        if x.shape[1] == 0:
+            return self.out_proj(self.in_proj(x)[..., : self.out_proj.in_features])
         states = self.in_proj(x).mT  # [B, 2 Di, L]
         y = self._read(states, "")
         if self.bidirectional:

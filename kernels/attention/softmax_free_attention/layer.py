@@ -91,6 +91,8 @@ class SoftmaxFreeAttention(nn.Module):
         """Attend within `x`, tokens of an image of H rows of W; without H and W, of a square one."""
         if x.dim() != 3 or x.shape[2] != self.W_q.in_features:
             raise ValueError(f"{OP}: x must be [B, N, {self.W_q.in_features}], got {list(x.shape)}")
+        if x.shape[1] == 0:
+            return self.ff(x)
         H, W = self._sides(x.shape[1], H, W)
         q, v = self.W_q(x), self.W_v(x)
         scale = (x.shape[2] // self.heads) ** -0.25
@@ -109,7 +111,7 @@ class SoftmaxFreeAttention(nn.Module):
                 raise ValueError(f"{OP}: x must have H * W tokens: {tokens} are no square, pass H and W")
         H = tokens // W if H is None and W else H
         W = tokens // H if W is None and H else W
-        if H is None or W is None or tokens != H * W:
+        if H is None or W is None or H < 1 or tokens != H * W:
             raise ValueError(f"{OP}: H * W must be the number of tokens, {tokens}, got H={H} and W={W}")
         if H % self.ratio or W % self.ratio:
             raise ValueError(f"{OP}: ratio must divide H and W, got ratio={self.ratio}, H={H}, W={W}")
@@ -121,7 +123,7 @@ class SoftmaxFreeAttention(nn.Module):
     def _landmarks(self, q: torch.Tensor, scale: float, H: int, W: int) -> torch.Tensor:
         """[B, heads, m, d]: the strided convolution as one product over patches, which no token is in twice."""
         r, weight = self.ratio, self.attn.Qlandmark_op.weight
-        patches = q.view(q.shape[0], H // r, r, W // r, r, self.heads, -1).permute(0, 5, 1, 3, 2, 4, 6)
+        patches = q.view(q.shape[0], H // r, r, W // r, r, self.heads, weight.shape[1]).permute(0, 5, 1, 3, 2, 4, 6)
         flat = weight.permute(0, 2, 3, 1).flatten(1)
         sums = F.linear(patches.reshape(q.shape[0], self.heads, (H // r) * (W // r), flat.shape[1]), flat)
         return self.attn.Qnorm_act(sums * scale)

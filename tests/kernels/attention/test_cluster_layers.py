@@ -180,6 +180,15 @@ def test_centroids_must_be_those_of_a_model() -> None:
 def test_messages() -> None:
     with pytest.raises(ValueError, match="max_tokens must be a multiple of 6, got 20"):
         ClusterSelfAttention(12, 2, 6, 20)
+    with pytest.raises(ValueError, match="max_tokens must be a multiple of 0, got 20"):
+        ClusterSelfAttention(12, 2, 0, 20)
+    with pytest.raises(ValueError, match="heads must divide dim, 12, got 5"):
+        ClusterSelfAttention(12, 5, 6, 18)
+    plain = trained(ClusterSelfAttention(12, 2, 6, 18))
+    with pytest.raises(ValueError, match=r"x must be \[B, N, 12\], got \[1, 9, 11\]"):
+        plain(normal(1, 9, 11))
+    with pytest.raises(ValueError, match=r"positions must be \[.., 9, 6\], got \[8, 6\]"):
+        plain(normal(1, 9, 12), positions=normal(8, 6))
     with pytest.raises(ValueError, match="context must come without causal and shared_qk"):
         ClusterAttention(2, 3, 4, 8, context=True, causal=True)
     layer = trained(ClusterSelfAttention(12, 2, 6, 18, context=True))

@@ -114,6 +114,15 @@ def test_nan_goes_forward_in_time_only() -> None:
         assert got[:, 20:, 1, columns].isnan().all()
 
 
+@pytest.mark.parametrize("shape", [(0, 9, 8), (2, 0, 8)], ids=["no_samples", "no_tokens"])
+@pytest.mark.parametrize("kind", [GatedLinearAttention, ViGAttention])
+def test_nothing_gives_nothing(kind: type, shape: tuple[int, ...]) -> None:
+    x = torch.zeros(shape, requires_grad=True)
+    y = kind(8, 2)(x)
+    y.sum().backward()
+    assert y.shape == shape
+
+
 def test_padding_changes_nothing() -> None:
     """k = 0 with an open gate, whatever q holds: as if the tokens were not there."""
     q, k, v, forward, backward = drawn(1, 50, 2, 8, 12)
@@ -356,9 +365,11 @@ def test_strides_samples_one_graph_and_gradient(make: object) -> None:
         (lambda q: stream_with_gates(q, q, q, q, q), ValueError, r"state must be \[2, 2, 4, 4\].* got \[2, 5, 2, 4\]"),
         (lambda q: GatedLinearAttention(8, 3), ValueError, "heads must divide 4 key and 8 value channels, got 3"),
         (lambda q: GatedLinearAttention(8, 4, kv_heads=3), ValueError, "kv_heads must divide 4 heads, got 3"),
+        (lambda q: GatedLinearAttention(8, 4, kv_heads=0), ValueError, "kv_heads must divide 4 heads, got 0"),
         (lambda q: GatedLinearAttention(8, 2)(q), ValueError, r"x must be \[B, N, 8\], got \[2, 5, 2, 4\]"),
         (lambda q: ViGAttention(8, 2)(q.flatten(2)), ValueError, "5 tokens are no square: height and width must"),
         (lambda q: ViGAttention(8, 2)(q.flatten(2), 2), ValueError, r"height \* width must be 5.* got 2 \* None"),
+        (lambda q: ViGAttention(8, 2)(q.flatten(2)[:, :4], -2, -2), ValueError, r"must be 4.* got -2 \* -2"),
         (lambda q: ViGAttention(8, 2)(q.flatten(2), 2, 3), ValueError, r"height \* width must be 5.* got 2 \* 3"),
         (lambda q: GatedLinearAttention.from_fla({}), ValueError, "heads must be given"),
         (lambda q: ViGAttention.from_vig({"a": q}, 2), ValueError, "lacks in_proj.0.weight.* and holds a that"),

@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from planmill.kernels import find_conversion, ops
+from planmill.kernels import find_conversion, ops, which
 from planmill.kernels.attention import HaloAttention, attend_to_halo
 from planmill.kernels.attention.halo_attention.cases import drawn
 from planmill.kernels.attention.halo_attention.reference import halo_attention_reference
+from planmill.kernels.common import backends
 
 CONFIGURATIONS: dict[str, tuple[int, int, int, dict[str, Any]]] = {  # dim, H, W, arguments
     "8_halo_1": (24, 16, 8, {"num_heads": 1, "halo_size": 1}),
@@ -197,6 +198,21 @@ def call(block: int = 4, halo: int = 1, **changed: Any) -> torch.Tensor:
 
 
 A = arguments()
+
+
+def test_heads_too_wide_for_the_gpu_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launcher runs the definition, before it needs a GPU, and `which` says so."""
+    pytest.importorskip("triton")
+    d, pixels = 257, (4, 2)
+    q, k, v = (torch.randn(1, 1, d, *pixels) for _ in range(3))
+    args = (q, k, v, torch.randn(7, d), torch.randn(7, d), 2, 1, 1, 0.1, True, False)
+    spec = ops()["halo_attention"]
+    assert torch.equal(spec.load(str(spec.cuda))(*args), halo_attention_reference(*args))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(backends, "_installed", lambda name: True)
+    assert which("halo_attention", "cuda").missing == ("the reference for heads of more than 256 channels",)
+
+
 MESSAGES: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: call(q=A["q"][0]), ValueError, r"halo_attention: q must be \[B, heads, d, H, W\], got \[2, 3, 8, 4\]"),
     (lambda: call(q=A["q"].double()), TypeError, "q must be float32, bfloat16 or float16, got torch.float64"),
@@ -221,6 +237,8 @@ MESSAGES: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: call(pad_mode="wrap"), ValueError, "pad_mode must be one of zero, mask, got 'wrap'"),
     (lambda: call(q=A["q"][:, :, :0], k=A["k"][:, :, :0]), ValueError, "q must have at least one channel a head"),
     (lambda: HaloAttention(10, num_heads=4), ValueError, "dim_out must be a multiple of num_heads 4, got 10"),
+    (lambda: HaloAttention(8, num_heads=0), ValueError, "dim_out must be a multiple of num_heads 0, got 8"),
+    (lambda: HaloAttention(8, block_size=0), ValueError, "block_size must be at least 1, .* got 0, 3"),
     (lambda: HaloAttention(8, stride=3), ValueError, "HaloAttention: stride must be 1 or 2, got 3"),
     (lambda: HaloAttention(8, pad_mode="wrap"), ValueError, "HaloAttention: pad_mode must be one of zero, mask"),
     (lambda: HaloAttention(8)(torch.zeros(1, 7, 8, 8)), ValueError, r"x must be \[B, 8, H, W\], got \[1, 7, 8, 8\]"),

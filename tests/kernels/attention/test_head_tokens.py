@@ -128,7 +128,8 @@ def head(x: torch.Tensor, **changes: torch.Tensor) -> torch.Tensor:
         (lambda x: head(x, positions=torch.ones(5, 12)), ValueError, r"positions must be \[H, 12\], H a divisor"),
         (lambda x: head(x, weight=torch.ones(12, 3)), ValueError, r"weight must be \[12, 4\], got \[12, 3\]"),
         (lambda x: HeadTokenAttention(12, 5), ValueError, "dim must be a multiple of heads = 5, got 12"),
-        (lambda x: ConvolutionalFeedForward(12)(x[:, :4]), ValueError, r"1 \+ N tokens, N a square, got \[2, 4, 12\]"),
+        (lambda x: ConvolutionalFeedForward(12)(x[:, :4]), ValueError, r"N a square, or grid given, got \[2, 4, 12\]"),
+        (lambda x: ConvolutionalFeedForward(8)(x), ValueError, r"x must be \[B, 1 \+ N, 8\], got \["),
         (lambda x: ConvolutionalFeedForward(12)(x, (2, 3)), ValueError, r"N 2 x 3, got \[2, 5, 12\]"),
     ],
 )

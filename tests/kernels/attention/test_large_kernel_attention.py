@@ -143,6 +143,7 @@ ARGS = drawn(torch.float32, torch.Generator().manual_seed(0), 2, 3, 5, 6)
             "weight5 must be torch.float16 like x, got torch.float32",
         ),
         (lambda x, *w: LargeKernelAttention.from_van({"a": x}), ValueError, "must hold conv0.weight, got a"),
+        (lambda x, *w: GatedLargeKernel(4)(x), ValueError, r"GatedLargeKernel: x must be \[B, 4, H, W\], got \["),
         (lambda x, *w: GatedLargeKernel.from_van({}), ValueError, "must hold proj_1.weight, got none"),
     ],
 )

@@ -67,6 +67,19 @@ def test_a_sample_alone_and_in_a_batch() -> None:
     assert torch.equal(z, y)
 
 
+@pytest.mark.parametrize("shape", [(0, 5, 8), (2, 0, 8)], ids=["no_samples", "no_tokens"])
+def test_nothing_gives_nothing(shape: tuple[int, ...]) -> None:
+    x = torch.zeros(shape, requires_grad=True)
+    y = MambaMixer(8, 3, bidirectional=True)(x)
+    y.sum().backward()
+    assert y.shape == shape
+    u = torch.zeros(shape, requires_grad=True).mT
+    y, state = scan_selectively(u, u, torch.ones(8, 3), u[:, :3], u[:, :3])
+    (y.sum() + state.sum()).backward()
+    assert y.shape == u.shape
+    assert not state.any()
+
+
 def test_groups_may_be_left_out() -> None:
     u, delta, A, B, C, *_ = drawn(torch.float32, torch.Generator().manual_seed(4), 2, 6, 3, 7)
     got, want = scan_selectively(u, delta, A, B[:, 0], C[:, 0]), scan_selectively(u, delta, A, B, C)

@@ -257,6 +257,7 @@ def test_gradient_and_one_graph() -> None:
         (lambda q: SoftmaxFreeAttention(8, 2, 2)(q[0]), ValueError, r"x must be \[B, N, 8\], got \[2, 4, 6\]"),
         (lambda q: SoftmaxFreeAttention(6, 2, 2)(normal(1, 6, 6)), ValueError, "6 are no square, pass H and W"),
         (lambda q: SoftmaxFreeAttention(6, 2, 2)(q[0], 3), ValueError, "H \\* W must be .* 4, got H=3 and W=1"),
+        (lambda q: SoftmaxFreeAttention(6, 2, 2)(q[0], -2, -2), ValueError, "H \\* W must be .* 4, got H=-2 and W=-2"),
         (lambda q: SoftmaxFreeAttention(6, 2, 2)(q[0], 4, 1), ValueError, "must divide H and W, got ratio=2, H=4"),
         (lambda q: SoftmaxFreeAttention.from_soft({"a": q}), ValueError, "must hold W_q.weight of 2 dimensions, got a"),
         (lambda q: SoftmaxFreeAttention.from_soft({**state_of(), "W_v.bias": q}), ValueError, "mismatch for W_v.bias"),
@@ -266,6 +267,14 @@ def test_gradient_and_one_graph() -> None:
 def test_messages(call: object, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call(normal(1, 2, 4, 6))  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("shape", [(0, 16, 8), (2, 0, 8)], ids=["no_samples", "no_tokens"])
+def test_nothing_gives_nothing(shape: tuple[int, ...]) -> None:
+    x = torch.zeros(shape, requires_grad=True)
+    y = SoftmaxFreeAttention(8, 2, 2)(x)
+    y.sum().backward()
+    assert y.shape == shape
 
 
 def state_of() -> dict[str, torch.Tensor]:
