@@ -140,7 +140,6 @@ MEMBERS = torch.zeros(2, 3, 4, 2, dtype=torch.int32)
 
 def test_heads_too_wide_for_the_gpu_kernel() -> None:
     """The launcher runs the definition, before it needs a GPU, and says so in `which`, as `cuda_limit` has it."""
-    pytest.importorskip("triton")
     spec = kernels.ops()["cluster_attention"]
     q, members = normal(1, 1, 9, 257), torch.tensor([[[[0, 3, 8], [1, 3, 5]]]], dtype=torch.int32)
     memory, mask = q.new_empty(1, 2, 0, 257), torch.empty(0, dtype=torch.bool)

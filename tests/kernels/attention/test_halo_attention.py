@@ -202,7 +202,6 @@ A = arguments()
 
 def test_heads_too_wide_for_the_gpu_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """The launcher runs the definition, before it needs a GPU, and `which` says so."""
-    pytest.importorskip("triton")
     d, pixels = 257, (4, 2)
     q, k, v = (torch.randn(1, 1, d, *pixels) for _ in range(3))
     args = (q, k, v, torch.randn(7, d), torch.randn(7, d), 2, 1, 1, 0.1, True, False)
