@@ -42,8 +42,10 @@ class GlobalLocalAttention(nn.Module):
 
     def forward(self, x: torch.Tensor, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The chosen tokens after attention, and which patches they are."""
+        if x.dim() != 3 or x.shape[2] != self.q.in_features:
+            raise ValueError(f"GlobalLocalAttention: x must be [B, N, {self.q.in_features}], got {list(x.shape)}")
         patches = x.shape[1] - self.first
-        if x.dim() != 3 or scores.shape != (x.shape[0], patches):
+        if scores.shape != (x.shape[0], patches):
             raise ValueError(
                 f"GlobalLocalAttention: scores must be [{x.shape[0]}, {patches}], got {list(scores.shape)}"
             )

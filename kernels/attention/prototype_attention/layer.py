@@ -100,6 +100,10 @@ class PrototypeBlock(nn.Module):
 
     def forward(self, x: torch.Tensor, prototypes: torch.Tensor) -> torch.Tensor:
         """The tokens, told by the prototypes."""
+        dim = self.norm1.normalized_shape[0]
+        for name, tokens in (("x", x), ("prototypes", prototypes)):
+            if tokens.dim() != 3 or tokens.shape[2] != dim:
+                raise ValueError(f"PrototypeBlock: {name} must be [B, N, {dim}], got {list(tokens.shape)}")
         t = self.attn(self.norm1(x), self.norm1(prototypes))
         return t + self.mlp(self.norm2(t))
 

@@ -47,6 +47,8 @@ def attend_in_subspaces(
     check_device(op, "delta", delta, "x", x)
     if groups == 0 or channels % groups:
         raise ValueError(f"{op}: delta must be [g], g dividing the {channels} channels, got {list(delta.shape)}")
+    if x.shape[2] == 0 or x.shape[3] == 0:
+        return x * 1
     z = x.float()
     a = torch.addcmul(beta.float()[:, None, None], z, alpha.float()[:, None, None]).relu()
     m = F.max_pool2d(a, 3, stride=1, padding=1)

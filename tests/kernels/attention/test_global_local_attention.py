@@ -100,6 +100,7 @@ def test_gradient_graph_and_export() -> None:
         (lambda q: roll_out_row([q, q[:1]], [q, q[:1]]), ValueError, r"queries\[1\] must be \[2, H, 5, d\]"),
         (lambda q: roll_out_row([q], [q], row=5), ValueError, "row must be one of the 5 tokens, got 5"),
         (lambda q: roll_out_row([q], [q], chunk=0), ValueError, "chunk must be at least 1, got 0"),
+        (lambda q: GlobalLocalAttention(6, 2)(q[0], q), ValueError, r"x must be \[B, N, 6\], got \[3, 5, 4\]"),
         (lambda q: GlobalLocalAttention(6, 4), ValueError, "dim must be a multiple of heads = 4, got 6"),
         (
             lambda q: GlobalLocalAttention(4, 2)(q[0], q[0, :, :, 0]),

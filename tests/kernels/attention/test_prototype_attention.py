@@ -168,6 +168,7 @@ T, B = torch.ones(3), torch.zeros(7)
         (lambda: PrototypeAttention(7, 2), ValueError, "dim must be a multiple of heads, got 7 and 2"),
         (lambda: PrototypeAttention(8, 2)(R, R), ValueError, r"x must be \[B, N, 8\], got \[2, 18, 7\]"),
         (lambda: PrototypeAttention(7, 1)(R, Q), ValueError, r"prototypes must be \[B, M, 7\], got \[2, 5, 3, 4\]"),
+        (lambda: PrototypeBlock(8, 2)(R, R), ValueError, r"PrototypeBlock: x must be \[B, N, 8\], got \[2, 18, 7\]"),
         (lambda: PrototypeExtractor(8, 2)(B, R), ValueError, r"y must be \[B, N, 8\], got \[2, 18, 7\]"),
         (lambda: PrototypeExtractor(7, 1)(B, R), ValueError, r"prototypes must be \[M, 7\], got \[7\]"),
     ],

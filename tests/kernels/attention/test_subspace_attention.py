@@ -70,6 +70,11 @@ def test_agrees_with_the_definition(dtype: torch.dtype, shape: tuple[int, ...]) 
     torch.testing.assert_close(attend_in_subspaces(last, *vectors(4, 2)), want, atol=1e-6, rtol=tolerance)
 
 
+def test_an_image_without_positions_is_itself() -> None:
+    x = normal(2, 4, 0, 3)
+    assert torch.equal(SubspaceAttention(4, 2).eval()(x), x)
+
+
 def test_a_peak_survives_16_bits() -> None:
     """1 + P is taken in float32: of 4096 positions, one that holds most of the weight is doubled."""
     x = torch.ones(1, 2, 64, 64, dtype=torch.bfloat16)
