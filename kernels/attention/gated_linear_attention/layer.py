@@ -39,13 +39,19 @@ def widths(name: str, dim: int, heads: int, key_ratio: float, value_ratio: float
     return keys, values
 
 
+def low_rank(dim: int, rank: int, out: int) -> nn.Sequential:
+    """Projection of gates."""
+    return nn.Sequential(nn.Linear(dim, rank, bias=False), nn.Linear(rank, out))
+
+
 class GatedLinearAttention(nn.Module):
-    """Causal gated linear attention as in flash-linear-attention: `y = (rms_norm(o) * silu(x Wg)) Wo` in every head.
+    """Gated linear attention as in flash-linear-attention: `y = (rms_norm(o) * silu(x Wg)) Wo` in every head.
 
         q = x Wq;  k = x Wk;  v = x Wv;  log_gates = logsigmoid((x W1) W2 + b2) / gate_divisor;  o: attend_with_gates
 
     Parameters have the names of fla's `GatedLinearAttention`, so that `load_state_dict` reads its checkpoints. Gates
-    and norm are float32 whatever the dtype of x.
+    and norm are float32 whatever the dtype of x. A bidirectional layer, which fla does not have, is the half sum of both
+    directions, with gates of its own for the second (`gk_proj_backward`).
 
     Args:
         dim: D.
@@ -55,8 +61,9 @@ class GatedLinearAttention(nn.Module):
         gate_rank, gate_divisor: rank of W1 W2, and what logsigmoid is divided by.
         clamp_min: log gates are not below this; None: they are what they are.
         eps: of the norm.
+        bidirectional: a token's result depends on all tokens of its sample; otherwise on itself and those before it.
 
-    Shapes: x [B, N, D] -> [B, N, D], dtype of x. A token's result depends on the tokens before it in its own sample.
+    Shapes: x [B, N, D] -> [B, N, D], dtype of x.
 
     Source: Yang et al., "Gated linear attention transformers with hardware-efficient training" (ICML 2024), 4.4.
     """
@@ -64,7 +71,7 @@ class GatedLinearAttention(nn.Module):
     def __init__(
         self, dim: int, heads: int = 4, *, key_ratio: float = 0.5, value_ratio: float = 1.0,
         kv_heads: int | None = None, gate_rank: int = 16, gate_divisor: float = 16.0, clamp_min: float | None = None,
-        eps: float = 1e-5,
+        eps: float = 1e-5, bidirectional: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         keys, values = widths("GatedLinearAttention", dim, heads, key_ratio, value_ratio)
@@ -77,8 +84,8 @@ class GatedLinearAttention(nn.Module):
         self.k_proj = nn.Linear(dim, keys // self.groups, bias=False)
         self.v_proj = nn.Linear(dim, values // self.groups, bias=False)
         self.g_proj = nn.Linear(dim, values, bias=False)
-        first, second = nn.Linear(dim, gate_rank, bias=False), nn.Linear(gate_rank, keys // self.groups)
-        self.gk_proj = nn.Sequential(first, second)
+        self.gk_proj = low_rank(dim, gate_rank, keys // self.groups)
+        self.gk_proj_backward = low_rank(dim, gate_rank, keys // self.groups) if bidirectional else None
         self.o_proj = nn.Linear(values, dim, bias=False)
         self.g_norm_swish_gate = Scale(values // heads, eps)
 
@@ -99,21 +106,29 @@ class GatedLinearAttention(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """All tokens of `x`, from an empty state."""
-        return self._finish(x, attend_with_gates(*self._project(x)))
+        projected = self._project(x)
+        backward = None if self.gk_proj_backward is None else self._gates(self.gk_proj_backward, x)
+        return self._finish(x, attend_with_gates(*projected, backward_log_gates=backward))
 
     def stream(self, x: torch.Tensor, state: torch.Tensor | None = None) -> Streamed:
         """The next tokens of a stream, from the state that earlier ones left: (y, state), as `stream_with_gates`."""
+        if self.gk_proj_backward is not None:
+            raise ValueError("GatedLinearAttention: a bidirectional layer needs all tokens at once, it has no stream")
         streamed = stream_with_gates(*self._project(x), state)
         return Streamed(self._finish(x, streamed.out), streamed.state)
 
     def _project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         check_tokens("GatedLinearAttention", x, self.q_proj.in_features)
-        gates = log_gates(self.gk_proj(x), self.gate_divisor, self.clamp_min)
         q = self.q_proj(x).unflatten(2, (self.heads, -1))
-        k, v, gates = (t.unflatten(2, (self.heads // self.groups, -1)) for t in (self.k_proj(x), self.v_proj(x), gates))
-        if self.groups > 1:
-            k, v, gates = (t.repeat_interleave(self.groups, 2) for t in (k, v, gates))
-        return q, k, v, gates
+        return q, self._share(self.k_proj(x)), self._share(self.v_proj(x)), self._gates(self.gk_proj, x)
+
+    def _gates(self, projection: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return self._share(log_gates(projection(x), self.gate_divisor, self.clamp_min))
+
+    def _share(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, N, H, d], each of the kv_heads for the heads in a row that share it."""
+        x = x.unflatten(2, (self.heads // self.groups, -1))
+        return x if self.groups == 1 else x.repeat_interleave(self.groups, 2)
 
     def _finish(self, x: torch.Tensor, o: torch.Tensor) -> torch.Tensor:
         gate = F.silu(self.g_proj(x).float())

@@ -276,6 +276,26 @@ class Published(nn.Module):
             setattr(self, key, value)
 
 
+@pytest.mark.parametrize("kv_heads", [2, 1])
+def test_a_bidirectional_layer_is_the_half_sum_of_both_directions(kv_heads: int) -> None:
+    torch.manual_seed(0)
+    layer = GatedLinearAttention(12, 2, kv_heads=kv_heads, bidirectional=True).double()
+    assert layer.gk_proj_backward is not None
+    x = normal(2, 9, 12).double()
+
+    def apart(t: torch.Tensor) -> torch.Tensor:  # heads, each of k's, v's and the gates' for those that share it
+        return t.unflatten(2, (kv_heads, -1)).repeat_interleave(2 // kv_heads, 2)
+
+    q, k, v = layer.q_proj(x).unflatten(2, (2, -1)), apart(layer.k_proj(x)), apart(layer.v_proj(x))
+    gates = [apart(F.logsigmoid(gate(x)) / 16) for gate in (layer.gk_proj, layer.gk_proj_backward)]
+    o = dense(q, k, v, *gates)
+    o = o * torch.rsqrt(o.square().mean(-1, keepdim=True) + 1e-5) * layer.g_norm_swish_gate.weight
+    want = layer.o_proj(o.flatten(2) * F.silu(layer.g_proj(x)))
+    torch.testing.assert_close(layer.float()(x.float()).double(), want, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="bidirectional layer needs all tokens at once"):
+        layer.stream(x.float())
+
+
 def test_arguments_are_read_from_a_module() -> None:
     published = Published(random_parameters(GatedLinearAttention(18, 3, key_ratio=1 / 3, eps=1e-3)))
     layer = GatedLinearAttention.from_fla(published)
