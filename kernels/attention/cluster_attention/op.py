@@ -67,8 +67,8 @@ def attend_in_clusters(
     Returns:
         [B, H, N, dv], dtype of q. A NaN logit counts as -inf, and a result is NaN only where all logits of its row are,
         or where v is not finite. Equal bits on every run, but on a GPU for heads wider than its kernel takes (see
-        `which`). The CPU raises where a member is out of range; on a GPU, which is not waited for, such a member reads a
-        zero row and its result is dropped.
+        `which`). The CPU raises where a member is out of range; on a GPU, which is not waited for, such a member reads
+        a zero row and its result is dropped.
 
     Raises:
         ValueError: wrong rank or shape, another device, `k_members` missing, or given with `shared_qk`, one memory

@@ -50,8 +50,8 @@ class GatedLinearAttention(nn.Module):
         q = x Wq;  k = x Wk;  v = x Wv;  log_gates = logsigmoid((x W1) W2 + b2) / gate_divisor;  o: attend_with_gates
 
     Parameters have the names of fla's `GatedLinearAttention`, so that `load_state_dict` reads its checkpoints. Gates
-    and norm are float32 whatever the dtype of x. A bidirectional layer, which fla does not have, is the half sum of both
-    directions, with gates of its own for the second (`gk_proj_backward`).
+    and norm are float32 whatever the dtype of x. A bidirectional layer, which fla does not have, is the half sum of
+    both directions, with gates of its own for the second (`gk_proj_backward`).
 
     Args:
         dim: D.
