@@ -19,7 +19,7 @@ from planmill.engine.machine import these_versions, this_machine
 from planmill.engine.manifest import FORMAT_VERSION, Manifest, Payload, Precision, Receipt, Tolerance
 from planmill.engine.plan import Plan, check_destination, describe_payload, write_plan
 from planmill.engine.swap import accelerate as swap_blocks
-from planmill.engine.targets import find_target
+from planmill.engine.targets import Options, find_target
 from planmill.engine.verify import TOLERANCES, Sampler, verify
 
 Progress = Callable[[str, float], None]
@@ -74,7 +74,7 @@ def build(
     captured = _capture(model, accelerate, example_inputs, dynamic, precision, output_names)
     with tempfile.TemporaryDirectory(prefix="planmill-") as folder:
         progress("compile", 0.0)
-        payload = module.compile_program(captured, Path(folder))
+        payload = module.compile_program(captured, Path(folder), Options()).payload
         progress("verify", 0.0)
         receipt = verify(
             module.load_payload(payload),

@@ -2,8 +2,9 @@
 
 import importlib
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Literal, Protocol, cast
 
 import torch
 
@@ -12,13 +13,54 @@ from planmill.engine.errors import PlanError
 
 TARGETS = {"aoti": "planmill.engine.targets.aoti"}
 
+Plugins = Literal["python", "aot", "none"]
 Runner = Callable[[list[torch.Tensor]], list[torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a target is asked for beyond the program.
+
+    Args:
+        plugins: how ops of ours stand in a TensorRT plan: called in Python, as kernels inside the plan, or not at all
+            (each lowered to standard operators).
+        sms: the GPU architectures of a TensorRT plan, e.g. (80, 120); empty: the target's own choice.
+    """
+
+    plugins: Plugins = "python"
+    sms: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a target made.
+
+    Args:
+        payload: the file.
+        onnx: the ONNX file that the payload was built from, where the payload cannot run on this machine: what is
+            verified in its place. None: the payload itself is run.
+        layers: what the network consists of: layer kind to how many there are.
+        plugins: ops of ours in the payload, each with the version of its plugin.
+        tensorrt_version: of the builder.
+        sms: GPU architectures that the payload runs on.
+        opset: of the ONNX file.
+        builder_seconds: how long the builder took.
+    """
+
+    payload: Path
+    onnx: Path | None = None
+    layers: dict[str, int] = field(default_factory=dict)
+    plugins: dict[str, str] = field(default_factory=dict)
+    tensorrt_version: str | None = None
+    sms: tuple[int, ...] = ()
+    opset: int | None = None
+    builder_seconds: float | None = None
 
 
 class Target(Protocol):
     """What the engine asks of a target."""
 
-    def compile_program(self, captured: Captured, folder: Path) -> Path:
+    def compile_program(self, captured: Captured, folder: Path, options: Options) -> Built:
         """Compile a captured model to one payload file in `folder`."""
 
     def load_payload(self, path: Path) -> Runner:

@@ -18,22 +18,23 @@ from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompil
 
 from planmill.engine.capture import Captured, custom_overloads, quiet_copies
 from planmill.engine.errors import PlanError, first_line
-from planmill.engine.targets import Runner
+from planmill.engine.targets import Built, Options, Runner
 
 _PAYLOAD = "aoti.pt2"
 # What a compiled plan can pass to a custom op; inside Optional and List too.
 _ARGUMENTS = {"Tensor", "int", "SymInt", "float", "bool", "str", "number", "Device"}
 
 
-def compile_program(captured: Captured, folder: Path) -> Path:
+def compile_program(captured: Captured, folder: Path, options: Options) -> Built:
     """Compile a captured model.
 
     Args:
         captured: the model.
         folder: an empty directory for the payload.
+        options: none of them concerns this target.
 
     Returns:
-        The payload's path.
+        The payload.
 
     Raises:
         PlanError: no C++ compiler, or an op that AOTInductor cannot lower.
@@ -54,7 +55,7 @@ def compile_program(captured: Captured, folder: Path) -> Path:
             f"target aoti cannot lower {_operator(captured, error)}: {first_line(error)}: write that step with other "
             "ops, or wrap it in a custom op whose arguments are tensors, numbers and strings"
         ) from error
-    return path
+    return Built(path)
 
 
 def load_payload(path: Path) -> Runner:

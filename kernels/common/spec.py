@@ -53,6 +53,9 @@ class OpSpec:
         backward: the op's own gradient, `backward(args, outputs, grads)` -> one gradient or None per argument; without
             it the reference is run again under autograd.
         differentiable: False for ops with index outputs only.
+        portable: "module:function" in the op's folder that computes what `reference` does by operators that ONNX has,
+            whatever the sizes; needed where the reference itself cannot be traced so (loops over tokens, `nonzero`).
+        no_portable: why there is no such form.
     """
 
     schema: str
@@ -73,6 +76,8 @@ class OpSpec:
     compare: Callable[..., None] | None = None
     backward: Callable[..., tuple] | None = None
     differentiable: bool = True
+    portable: str | None = None
+    no_portable: str = ""
 
     def __post_init__(self) -> None:
         if not (self.cpu or self.cuda or self.no_kernel):

@@ -12,6 +12,7 @@ import torch._inductor.config
 from torch import nn
 
 from planmill.engine import DynamicDim, Plan, PlanError, Session, Tolerance, build, capture, targets
+from planmill.engine.targets import Built
 from planmill.engine.verify import compare, plan_cases, verify
 
 
@@ -21,10 +22,10 @@ def fake_target(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     module: Any = ModuleType("fake_target")
     module.spoil = lambda outputs: outputs
 
-    def compile_program(captured: Any, folder: Path) -> Path:
+    def compile_program(captured: Any, folder: Path, options: Any) -> Built:
         module.program = captured.program.module()
         (folder / "fake.bin").write_bytes(b"fake")
-        return folder / "fake.bin"
+        return Built(folder / "fake.bin")
 
     def load_payload(path: Path) -> Callable[..., list[torch.Tensor]]:
         def run(inputs: list[torch.Tensor]) -> list[torch.Tensor]:
