@@ -13,8 +13,8 @@
 #include <string_view>
 
 #include "neighbors/listing.h"
+#include "neighbors/nearest.h"
 #include "neighbors/scoring.h"
-#include "neighbors/shortlist.h"
 
 namespace planmill {
 namespace {
@@ -24,14 +24,6 @@ constexpr int64_t kPackedRows = 4096;                // right rows packed at a t
 constexpr int64_t kQueryBytes = int64_t{8} << 20;    // of queries packed at a time
 constexpr int64_t kFewQueries = 12;                  // below, packing the database costs more than reading it
 constexpr int64_t kCoarseRows = 64;                  // rows per neighbour from which on bytes tell them apart
-
-struct Neighbor {
-  float distance;  // smaller is nearer
-  int32_t index;
-  bool operator<(const Neighbor& other) const {
-    return distance < other.distance || (distance == other.distance && index < other.index);
-  }
-};
 
 struct Query {
   const Rows& queries;
@@ -45,13 +37,6 @@ struct Query {
   void evaluate(const float* x, const int32_t* index, int64_t count, Neighbor* out, Workspace& w) const;
 };
 
-// |x|^2 within float32's range needs no second look; the rest is done again in double.
-float squared_distance(float square, const float* x, const float* y, int64_t d) {
-  if (square > 1.0e-30f && square < 1.0e37f) return square;
-  const double distance = distance_from_square(square, x, y, d);
-  return static_cast<float>(distance * distance);
-}
-
 void Query::evaluate(const float* x, const int32_t* index, int64_t count, Neighbor* out, Workspace& w) const {
   const int64_t d = queries.width();
   w.scratch_rows.resize(static_cast<size_t>(4 * d));
@@ -63,28 +48,9 @@ void Query::evaluate(const float* x, const int32_t* index, int64_t count, Neighb
     for (int64_t j = 0; j < some; ++j) rows[j] = database.get(index[first + j], w.scratch_rows.data() + j * d);
     (metric == Metric::kL2 ? kernels.squared_distances : kernels.dots)(x, rows, some, d, values);
     for (int64_t j = 0; j < some; ++j) {
-      float& value = values[j];
-      if (metric == Metric::kL2) {
-        value = squared ? squared_distance(value, x, rows[j], d) : distance_from_square(value, x, rows[j], d);
-      } else if (metric == Metric::kDot) {
-        value = -static_cast<float>(product_in_range(value, x, rows[j], d));
-      } else {
-        const double both = own * database.length(index[first + j], rows[j]);
-        value = static_cast<float>(1.0 - (both == 0.0 ? 0.0 : product_in_range(value, x, rows[j], d) / both));
-      }
-      out[first + j] = {value, index[first + j]};
+      const double lengths = metric == Metric::kCosine ? own * database.length(index[first + j], rows[j]) : 1.0;
+      out[first + j] = {distance_of(metric, squared, values[j], x, rows[j], d, lengths), index[first + j]};
     }
-  }
-}
-
-using Nearest = Best<Neighbor>;
-
-void write_row(const std::vector<Neighbor>& sorted, int64_t k, Metric metric, float* values, int32_t* indices) {
-  for (int64_t j = 0; j < k; ++j) {
-    const bool found = j < static_cast<int64_t>(sorted.size());
-    const float distance = found ? sorted[j].distance : kInfinity;
-    values[j] = metric == Metric::kDot ? -distance : distance;
-    indices[j] = found ? sorted[j].index : -1;
   }
 }
 

@@ -127,7 +127,7 @@ def _candidates(
     return count, slot
 
 
-def _unpack(
+def unpack_keys(
     keys: torch.Tensor, metric: str, unit: torch.Tensor, distances: torch.Tensor, indices: torch.Tensor
 ) -> None:
     """Write the distances and indices of sorted keys [n, k]."""
@@ -169,7 +169,7 @@ def launch(
             count, slot = _candidates(bank, q, first, k, exclude_self, exact)
             keys = _evaluate(queries, bank, q, first, count, slot, scratch, k, metric, exclude_self)
             stop = first + q.hi.shape[0]
-            _unpack(keys.sort(1).values[:, :k], metric, frame.unit, distances[first:stop], indices[first:stop])
+            unpack_keys(keys.sort(1).values[:, :k], metric, frame.unit, distances[first:stop], indices[first:stop])
     return distances, indices
 
 

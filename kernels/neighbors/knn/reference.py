@@ -13,6 +13,13 @@ def knn_reference(
     valid = q.isfinite().all(1)[:, None] & x.isfinite().all(1)[None]
     if exclude_self:
         valid = valid & ~torch.eye(len(q), dtype=torch.bool, device=q.device)
+    return nearest(q, x, valid, k, metric)
+
+
+def nearest(
+    q: torch.Tensor, x: torch.Tensor, valid: torch.Tensor, k: int, metric: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k best of the pairs [n, m] that are `valid`."""
     q, x = (t.nan_to_num(0, 0, 0) for t in (q, x))
     if metric in ("l2", "l2sq"):
         distance = torch.cdist(q, x, compute_mode="donot_use_mm_for_euclid_dist")
