@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import sympy
 import torch
-from torch._dynamo.exc import UserError
 from torch._subclasses.fake_tensor import UnsupportedOperatorException
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental.symbolic_shapes import ConstraintViolationError, GuardOnDataDependentSymNode
@@ -278,6 +277,8 @@ def _export(
 ) -> ExportedProgram:
     symbols = {d.name: Dim(d.name, min=d.minimum, max=d.maximum) for by in dims.values() for d in by.values()}
     shapes = tuple({dim: symbols[d.name] for dim, d in dims[name].items()} for name in names)
+    from torch._dynamo.exc import UserError  # loads the compiler: seconds that reading a plan need not spend
+
     try:
         with torch.no_grad():
             return torch.export.export(boundary, examples, dynamic_shapes=(shapes,), strict=False)

@@ -1,0 +1,110 @@
+"""From a captured model to a TensorRT plan, for both libraries: ONNX file -> builder's process -> payload."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from planmill.engine.capture import Captured
+from planmill.engine.errors import PlanError
+from planmill.engine.manifest import DimRange, TensorSpec
+from planmill.engine.onnx_export import OnnxModel, export_onnx
+from planmill.engine.plugins import plugin_name
+from planmill.engine.targets import Built, Options
+from planmill.engine.tensorrt.builder import Job, Library
+from planmill.engine.tensorrt.head import read_head
+from planmill.engine.tensorrt.process import Builder, start_builder
+
+PAYLOAD = "tensorrt.engine"
+DEFAULT_SMS = (80, 86, 89, 120)
+
+
+def compile_captured(captured: Captured, folder: Path, options: Options, library: Library) -> Built:
+    """Build a plan; the arguments are those of a target's `compile_program`.
+
+    Raises:
+        PlanError: the options do not fit the library, the model does not become ONNX, or the builder gives no plan.
+    """
+    _check_options(options, library)
+    with start_builder(folder) as builder:
+        model = export_onnx(captured, folder, plugins=options.plugins)
+        return build_onnx(builder, model, captured.inputs, captured.dynamic, options, library)
+
+
+def build_onnx(
+    builder: Builder,
+    model: OnnxModel,
+    inputs: list[TensorSpec],
+    dynamic: Mapping[str, DimRange],
+    options: Options,
+    library: Library,
+) -> Built:
+    """Build the plan of an ONNX file.
+
+    Args:
+        builder: the process that does it.
+        model: the file.
+        inputs: name and shape of each input.
+        dynamic: the range of every dynamic dimension.
+        options: architectures and kind of plugins.
+        library: whose plan.
+
+    Raises:
+        PlanError: the builder gives no plan, or another one than was asked for.
+    """
+    sms = _architectures(options, library)
+    job = Job(
+        library=library,
+        onnx=str(model.path),
+        plan=str(builder.folder / PAYLOAD),
+        report=str(builder.folder / "report.json"),
+        sms=sms,
+        profile=shape_profile(inputs, dynamic),
+        plugins=[plugin_name(op) for op in model.ops],
+        aot=options.plugins == "aot",
+    )
+    report = builder.build(job)
+    payload = Path(job.plan)
+    if library == "tensorrt_rtx":
+        head = read_head(payload)
+        if list(head.sms) != sms:
+            raise PlanError(f"the builder was asked for SM {sms} and built for SM {list(head.sms)}")
+    missing = sorted(set(job.plugins) - report.plugins.keys())
+    if missing:
+        raise PlanError(f"the builder dropped the plugin of {', '.join(missing)}: no output depends on it")
+    return Built(
+        payload=payload,
+        onnx=model.path,
+        layers=report.layers,
+        plugins=report.plugins,
+        tensorrt_version=report.version,
+        sms=tuple(sms),
+        opset=model.opset,
+        builder_seconds=report.seconds,
+    )
+
+
+def shape_profile(inputs: list[TensorSpec], dynamic: Mapping[str, DimRange]) -> dict[str, list[list[int]]]:
+    """Smallest, optimal and largest shape of every input with a dynamic dimension."""
+    return {
+        spec.name: [
+            [size if isinstance(size, int) else getattr(dynamic[size], which) for size in spec.shape]
+            for which in ("minimum", "optimum", "maximum")
+        ]
+        for spec in inputs
+        if any(isinstance(size, str) for size in spec.shape)
+    }
+
+
+def _architectures(options: Options, library: Library) -> list[int]:
+    if library == "tensorrt":
+        return []
+    return sorted(set(options.sms or DEFAULT_SMS))
+
+
+def _check_options(options: Options, library: Library) -> None:
+    if library == "tensorrt_rtx" and options.plugins == "aot":
+        raise PlanError(
+            "target tensorrt-rtx takes no kernels inside the plan: its Python binding has no way in for them; build "
+            "with --plugins python or none"
+        )
+    if library == "tensorrt" and options.sms:
+        raise PlanError("target tensorrt builds for the GPU of this machine: leave out --sm")
