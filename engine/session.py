@@ -3,6 +3,7 @@
 import contextlib
 import os
 import tempfile
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +11,13 @@ from types import TracebackType
 from typing import NoReturn
 
 import torch
+from torch.profiler import record_function
 
 import planmill.kernels  # noqa: F401  a plan may call our ops: importing registers them
 from planmill.engine.errors import PlanError
 from planmill.engine.manifest import Manifest, TensorSpec
 from planmill.engine.plan import Plan
+from planmill.engine.profiling import Profile, profile_calls
 from planmill.engine.targets import Runner, find_target
 
 
@@ -43,8 +46,9 @@ class Session:
         inputs: name, dtype and shape of each input, in order.
         outputs: the same of each output.
 
-    The number of threads is torch's (`torch.set_num_threads`). A session may be called from several threads; calls wait
-    for each other. It computes no gradients.
+    The number of threads is torch's (`torch.set_num_threads`). A session may be called from several threads. Calls wait
+    for each other, since one already uses every thread that torch has; other Python threads run meanwhile. Callers with
+    few samples each gain by sharing calls: see `MicroBatcher`. It computes no gradients.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -57,21 +61,27 @@ class Session:
         with tempfile.TemporaryDirectory(prefix="planmill-") as folder:
             self._run: Runner | None = target.load_payload(self.plan.extract(Path(folder)))
         self._checks = [_unpack(spec, manifest) for spec in self.inputs]
+        self._lock = threading.Lock()
 
-    def __call__(self, *inputs: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    def __call__(
+        self, *inputs: torch.Tensor, outputs: Sequence[torch.Tensor] | None = None
+    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """Run the plan.
 
         Args:
             inputs: tensors on the CPU in the plan's order; strided ones are copied first.
+            outputs: tensors to fill, as `allocate_outputs` makes them; None: the call makes new ones, which share no
+                memory with the inputs or with each other and are the caller's to change.
 
         Returns:
             The output, or a tuple where the plan has several.
 
         Raises:
-            PlanError: an input's number, dtype, rank or size does not fit; says which, what was expected and what came.
+            PlanError: the number, dtype, rank or size of an input or of `outputs` does not fit; says which, what was
+                expected and what came.
         """
-        outputs = self._compute(inputs)
-        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+        results = self._compute(inputs, outputs)
+        return results[0] if len(results) == 1 else tuple(results)
 
     def run(
         self, inputs: Mapping[str, torch.Tensor] | Sequence[torch.Tensor] | torch.Tensor
@@ -97,9 +107,52 @@ class Session:
         outputs = self._compute(ordered)
         return {spec.name: output for spec, output in zip(self.outputs, outputs, strict=True)}
 
+    def allocate_outputs(self, *inputs: torch.Tensor) -> list[torch.Tensor]:
+        """Tensors that later calls with inputs of these sizes may fill: `session(*inputs, outputs=...)`.
+
+        Runs the plan once, whose outputs they are. One set serves one caller at a time.
+
+        Raises:
+            PlanError: an input does not fit.
+        """
+        return self._compute(inputs)
+
+    def check(self, *inputs: torch.Tensor) -> None:
+        """Say whether a call with these inputs would be accepted; runs nothing.
+
+        Raises:
+            PlanError: an input does not fit.
+        """
+        self._check(inputs)
+
+    def profile(self, *inputs: torch.Tensor, repeat: int = 20, trace: str | os.PathLike[str] | None = None) -> Profile:
+        """Where the time of a call goes: by stage of the session, and by kernel inside the payload.
+
+        Args:
+            inputs: as of a call.
+            repeat: calls to take the mean of; three more come first, unmeasured.
+            trace: where a Chrome trace goes (*.json, for chrome://tracing or ui.perfetto.dev), or None.
+
+        Raises:
+            PlanError: an input does not fit, `repeat` is not positive, or the trace cannot be written.
+        """
+        for _ in range(3):
+            self._compute(inputs)
+
+        def call() -> None:
+            with record_function("planmill: check inputs"):
+                ready = self._check(inputs)
+            with record_function("planmill: payload"):
+                results = self._launch(ready)
+            with record_function("planmill: own outputs"):
+                _own(results, ready)
+
+        return profile_calls(call, repeat, trace)
+
     def close(self) -> None:
-        """Free the native code and the weights; the session cannot be called afterwards."""
-        self._run = None
+        """Free the native code and the weights, after the calls under way; the session cannot be called afterwards."""
+        with self._lock:
+            self._run = None
 
     def __enter__(self) -> "Session":
         return self
@@ -109,7 +162,24 @@ class Session:
     ) -> None:
         self.close()
 
-    def _compute(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def _compute(
+        self, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor] | None = None
+    ) -> list[torch.Tensor]:
+        ready = self._check(inputs)
+        if outputs is None:
+            return _own(self._launch(ready), ready)
+        filled = list(outputs)
+        _check_outputs(self.outputs, filled)
+        return _fill(self.outputs, self._launch(ready), filled)
+
+    def _launch(self, ready: list[torch.Tensor]) -> list[torch.Tensor]:
+        with self._lock:
+            if self._run is None:
+                raise PlanError(f"{self.plan.path}: the session is closed")
+            return self._run(ready)
+
+    def _check(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The inputs as the payload takes them."""
         checks = self._checks
         sizes: dict[str, int] = {}
         if len(inputs) != len(checks):
@@ -118,24 +188,54 @@ class Session:
         ready = []
         for check, x in zip(checks, inputs, strict=True):
             if not isinstance(x, torch.Tensor) or x.dtype is not check.dtype or x.dim() != check.rank or not x.is_cpu:
-                _refuse(check.spec, x)
+                _refuse(f"input {check.spec.name}", check.spec, x)
             shape = x.shape
             for dim, size in check.fixed:
                 if shape[dim] != size:
-                    _refuse(check.spec, x)
+                    _refuse(f"input {check.spec.name}", check.spec, x)
             for dim, name, low, high in check.ranged:
                 size = shape[dim]
                 if not low <= size <= high:
-                    _refuse(check.spec, x, f": {name} must be {low} to {high}")
+                    _refuse(f"input {check.spec.name}", check.spec, x, f": {name} must be {low} to {high}")
                 if sizes.setdefault(name, size) != size:
-                    _refuse(check.spec, x, f": {name} is {sizes[name]} on an input before it")
+                    _refuse(
+                        f"input {check.spec.name}", check.spec, x, f": {name} is {sizes[name]} on an input before it"
+                    )
             if x.requires_grad:
                 x = x.detach()
             ready.append(x if x.is_contiguous() else x.contiguous())
-        run = self._run
-        if run is None:
-            raise PlanError(f"{self.plan.path}: the session is closed")
-        return run(ready)
+        return ready
+
+
+def _own(outputs: list[torch.Tensor], inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Each output in memory of its own: a model may return its input, or two views of one tensor."""
+    taken = {x.untyped_storage().data_ptr() for x in inputs}
+    for i, output in enumerate(outputs):
+        storage = output.untyped_storage().data_ptr()
+        if storage in taken and output.numel():
+            outputs[i] = output.clone(memory_format=torch.contiguous_format)
+        taken.add(storage)
+    return outputs
+
+
+def _check_outputs(specs: Sequence[TensorSpec], outputs: list[torch.Tensor]) -> None:
+    if len(outputs) != len(specs):
+        raise PlanError(f"outputs: the plan has {len(specs)} outputs, got {len(outputs)} tensors to fill")
+    for spec, x in zip(specs, outputs, strict=True):
+        if not isinstance(x, torch.Tensor) or x.dtype is not spec.torch_dtype or not x.is_cpu:
+            _refuse(f"output {spec.name}", spec, x)
+        if x.requires_grad:
+            _refuse(f"output {spec.name}", spec, x, ": it requires a gradient, and a session computes none")
+
+
+def _fill(specs: Sequence[TensorSpec], results: list[torch.Tensor], outputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Copy the results over; nothing is changed unless every shape fits."""
+    for spec, result, x in zip(specs, results, outputs, strict=True):
+        if x.shape != result.shape:
+            _refuse(f"output {spec.name}", spec, x, f": with these inputs it is {tuple(result.shape)}")
+    for result, x in zip(results, outputs, strict=True):
+        x.copy_(result)
+    return outputs
 
 
 def _unpack(spec: TensorSpec, manifest: Manifest) -> _Check:
@@ -148,13 +248,13 @@ def _unpack(spec: TensorSpec, manifest: Manifest) -> _Check:
     return _Check(spec, spec.torch_dtype, len(spec.shape), fixed, ranged)
 
 
-def _refuse(spec: TensorSpec, x: object, why: str = "") -> NoReturn:
+def _refuse(what: str, spec: TensorSpec, x: object, why: str = "") -> NoReturn:
     if not isinstance(x, torch.Tensor):
         got = type(x).__name__
     else:
         shape = tuple(x.shape)
         got = f"{str(x.dtype).removeprefix('torch.')} {shape}" + ("" if x.is_cpu else f" on {x.device}")
-    raise PlanError(f"input {spec.name}: expected {spec}, got {got}{why}")
+    raise PlanError(f"{what}: expected {spec}, got {got}{why}")
 
 
 def _check_ops(plan: Plan) -> None:

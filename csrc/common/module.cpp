@@ -8,6 +8,10 @@
 
 #include "common/cpu_capability.h"
 
+namespace planmill {
+void bind_aoti_runner(py::module_& m);  // engine/aoti_runner.cpp
+}
+
 namespace {
 
 bool wants_gradient(const c10::OperatorHandle& op, const torch::jit::Stack& stack) {
@@ -67,4 +71,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("cpu_capability_reason",
         [](int level) { return planmill::cpu_capability_reason(static_cast<CpuCapability>(level)); });
   m.def("register_autograd_gate", &register_autograd_gate);
+  planmill::bind_aoti_runner(m);
 }

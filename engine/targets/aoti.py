@@ -19,6 +19,7 @@ from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompil
 from planmill.engine.capture import Captured, custom_overloads, quiet_copies
 from planmill.engine.errors import PlanError, first_line
 from planmill.engine.targets import Built, Options, Runner
+from planmill.kernels.common.cpu import extension
 
 _PAYLOAD = "aoti.pt2"
 # What a compiled plan can pass to a custom op; inside Optional and List too.
@@ -61,14 +62,18 @@ def compile_program(captured: Captured, folder: Path, options: Options) -> Built
 def load_payload(path: Path) -> Runner:
     """Load a package; it unpacks itself into a temporary directory that goes with the runner.
 
+    Other Python threads run while the package does. Without our extension torch's own loader runs it, and they wait.
+
     Raises:
         PlanError: torch cannot load it.
     """
+    module = extension()
     try:
-        loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1)
+        if module is not None:
+            return module.AotiRunner(str(path))
+        return torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1).boxed_run
     except RuntimeError as error:
         raise PlanError(f"the plan's native code cannot be loaded: {first_line(error)}") from error
-    return loader.boxed_run
 
 
 def _options(captured: Captured) -> dict[str, Any]:

@@ -1,17 +1,19 @@
 """A plan computes what its model computes, and says what does not fit."""
 
+import json
 import os
 import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from planmill.engine import Plan, PlanError, Session
+from planmill.engine import DynamicDim, Plan, PlanError, Session, build
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 7, 9])
@@ -162,3 +164,110 @@ def test_the_end_of_the_process_removes_the_unpacked_code(perceptron_plan: Plan,
     arguments = [sys.executable, "-c", program, str(perceptron_plan.path)]
     assert subprocess.run(arguments, env={**os.environ, "TMPDIR": str(tmp_path)}, check=False).returncode == 3
     assert not list(tmp_path.iterdir())
+
+
+class Door:
+    """An op that tells when a thread is inside and waits until it is let out."""
+
+    def __init__(self) -> None:
+        self.entered, self.opened = threading.Event(), threading.Event()
+        self.opened.set()
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        self.entered.set()
+        assert self.opened.wait(20)
+        return x + 1
+
+
+@pytest.fixture(scope="module")
+def door_plan(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Door]]:
+    """A model that goes through a Door and returns its input and views of one tensor."""
+
+    class Views(nn.Module):
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            y = x.sin()
+            z = torch.ops.planmill_test.door(x)
+            return {"same": x, "part": x[:, 1:], "sine": y, "turned": y.T, "next": z}
+
+    path, door = tmp_path_factory.mktemp("door") / "door.plan", Door()
+    with torch.library._scoped_library("planmill_test", "FRAGMENT") as library:
+        library.define("door(Tensor x) -> Tensor")
+        library.impl("door", door, "CPU")
+        library.impl("door", torch.empty_like, "Meta")
+        build(Views().eval(), torch.randn(2, 4), path, dynamic=DynamicDim("batch", 1, 2, 8))
+        yield path, door
+
+
+def test_outputs_share_no_memory(door_plan: tuple[Path, Door]) -> None:
+    session, x = Session(door_plan[0]), torch.randn(3, 4)
+    before = x.clone()
+    for outputs in (list(session.run(x).values()), session.allocate_outputs(x)):
+        wanted = [before, before[:, 1:], before.sin(), before.sin().T, before + 1]
+        for output, value in zip(outputs, wanted, strict=True):
+            torch.testing.assert_close(output, value)
+            output.fill_(7.0)  # changes no output after it
+        assert torch.equal(x, before)
+
+
+def test_other_threads_run_during_a_call(door_plan: tuple[Path, Door]) -> None:
+    path, door = door_plan
+    session, results = Session(path), []
+    door.entered.clear()
+    door.opened.clear()
+    caller = threading.Thread(target=lambda: results.append(session.run(torch.ones(2, 4))["next"]))
+    caller.start()
+    assert door.entered.wait(20)
+    closer = threading.Thread(target=session.close)  # waits for the call under way
+    closer.start()
+    assert not results
+    door.opened.set()
+    caller.join()
+    closer.join()
+    assert torch.equal(results[0], torch.full((2, 4), 2.0))
+    with pytest.raises(PlanError, match="session is closed"):
+        session(torch.ones(2, 4))
+
+
+def test_filling_outputs(several_plan: Plan) -> None:
+    session = Session(several_plan.path)
+    inputs = (torch.randint(0, 11, (3, 5)), torch.randn(3), torch.rand(3, 5) < 0.5)
+    wanted = session(*inputs)
+    outputs = session.allocate_outputs(*inputs)
+    for output in outputs:
+        output.zero_()
+    outputs[0] = torch.zeros(4, 3).T  # any strides
+    got = session(*inputs, outputs=outputs)
+    assert isinstance(got, tuple)
+    assert all(a is b for a, b in zip(got, outputs, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+
+
+def test_outputs_that_do_not_fit(perceptron_plan: Plan) -> None:
+    session, x = Session(perceptron_plan.path), torch.randn(2, 6)
+    for outputs, message in (
+        ([], "the plan has 1 outputs, got 0 tensors"),
+        ([torch.zeros(2, 3, dtype=torch.float64)], r"output output: expected float32 \(batch, 3\), got float64"),
+        ([torch.zeros(3, 3)], r"got float32 \(3, 3\): with these inputs it is \(2, 3\)"),
+        ([torch.zeros(2, 3, requires_grad=True)], "requires a gradient"),
+    ):
+        with pytest.raises(PlanError, match=message):
+            session(x, outputs=outputs)
+    with pytest.raises(PlanError, match=r"input x: .* batch must be 1 to 9"):
+        session.check(torch.zeros(10, 6))
+
+
+def test_profile(convolutional_plan: Plan, tmp_path: Path) -> None:
+    session, x = Session(convolutional_plan.path), torch.randn(2, 3, 8, 8)
+    profile = session.profile(x, repeat=3, trace=tmp_path / "trace.json")
+    assert [row.name for row in profile.stages] == ["check inputs", "payload", "own outputs"]
+    assert all(row.count == 1 and row.time_ms > 0 for row in profile.stages)
+    assert sum(row.share for row in profile.stages) == pytest.approx(1)
+    assert sum(row.time_ms for row in profile.stages) == pytest.approx(profile.time_ms)
+    assert sum(row.time_ms for row in profile.kernels) <= profile.stages[1].time_ms
+    assert "payload" in str(profile)
+    names = [event.get("name") for event in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]]
+    assert names.count("planmill: payload") == 3
+    with pytest.raises(PlanError, match="repeat must be positive"):
+        session.profile(x, repeat=0)
+    with pytest.raises(PlanError, match=r"a trace is a \.json file"):
+        session.profile(x, trace=tmp_path / "missing" / "trace.json")
