@@ -1,4 +1,4 @@
-// bank_score and segmented_max on the CPU: the best row of each segment for every query.
+// bank_score, segmented_max and segmented_min on the CPU: the best row of each segment for every query.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -40,17 +40,18 @@ at::Tensor bank_score(const at::Tensor& features, const at::Tensor& bank, double
   return interval_means(table, low, high, false);
 }
 
-std::tuple<at::Tensor, at::Tensor> segmented_max(const at::Tensor& queries, const at::Tensor& database,
-                                                 const at::Tensor& offsets) {
+template <Metric metric>
+std::tuple<at::Tensor, at::Tensor> best_of_segments(const at::Tensor& queries, const at::Tensor& database,
+                                                    const at::Tensor& offsets) {
   at::Tensor q = queries.contiguous(), x = database.contiguous();
   const at::Tensor bounds = offsets.to(at::kLong).contiguous();
   const std::vector<int64_t> ends(bounds.const_data_ptr<int64_t>(), bounds.const_data_ptr<int64_t>() + bounds.size(0));
   const int64_t n = q.size(0), d = q.size(1), s = static_cast<int64_t>(ends.size()) - 1;
   at::Tensor values = at::empty({n, s}, at::kFloat), indices = at::empty({n, s}, at::kInt);
-  std::vector<Best> best(static_cast<size_t>(n * s), Best{-kInfinity, -1});
+  std::vector<Best> best(static_cast<size_t>(n * s), Best{metric == Metric::kL2 ? kInfinity : -kInfinity, -1});
   if (n > 0 && s > 0 && x.size(0) > 0) {
     const Rows left(q, d), right(x, d);
-    Search{screen_kernels(), Metric::kDot, true, left, right, ends, best.data()}.run();
+    Search{screen_kernels(), metric, true, left, right, ends, best.data()}.run();
   }
   float* value = values.data_ptr<float>();
   int32_t* index = indices.data_ptr<int32_t>();
@@ -60,7 +61,8 @@ std::tuple<at::Tensor, at::Tensor> segmented_max(const at::Tensor& queries, cons
 
 TORCH_LIBRARY_IMPL(planmill, CPU, m) {
   m.impl("bank_score", &bank_score);
-  m.impl("segmented_max", &segmented_max);
+  m.impl("segmented_max", &best_of_segments<Metric::kDot>);
+  m.impl("segmented_min", &best_of_segments<Metric::kL2>);
 }
 
 }  // namespace

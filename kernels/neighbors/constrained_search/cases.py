@@ -46,15 +46,15 @@ def cases() -> list[Case]:
         ),
         Case(
             "long_segment",  # on the CPU the screen of knn answers these
-            lambda t, g: constrained(g, unit(g, t, 33, 129), unit(g, t, 600, 129), 3, axes=0, segments=1),
+            lambda t, g: constrained(g, unit(g, t, 33, 129), unit(g, t, 600, 129), 1, axes=0, segments=1),
         ),
         Case(
             "many_neighbours",
-            lambda t, g: constrained(g, unit(g, t, 2, 16), unit(g, t, 1500, 16), 1024, radius=0.7, metric="l2sq"),
+            lambda t, g: constrained(g, unit(g, t, 2, 16), unit(g, t, 600, 16), 400, radius=0.7, metric="l2sq"),
         ),
         Case(
             "across_tiles",
-            lambda t, g: constrained(g, unit(g, t, 15, 257), unit(g, t, 1100, 257), 3, radius=0.6, metric="cosine"),
+            lambda t, g: constrained(g, unit(g, t, 9, 257), unit(g, t, 700, 257), 2, radius=0.6, metric="cosine"),
         ),
         Case(
             "ties",

@@ -168,8 +168,9 @@ def find_constrained_neighbors(
             one side of a constraint without the other, a radius that is negative or not finite.
         TypeError: another dtype, or dtypes that differ.
 
-    Source: after CANN (Aiger et al., "Yes, we CANN: constrained approximate nearest neighbors for local feature-based
-        visual localization", ICCV 2023), section 3; exact here. The geometric radius and the sorted grid are ours.
+    Source: after CANN (Aiger, Araujo, Lynen, "Yes, we CANN: constrained approximate nearest neighbors for local
+        feature-based visual localization", ICCV 2023), which joins appearance with the camera that a point belongs to;
+        exact here. The geometric radius and the sorted grid are ours.
     """
     check_matrices(OP, queries, database)
     grid = grid_of(database, positions, segments, radius)

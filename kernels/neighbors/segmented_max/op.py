@@ -42,6 +42,22 @@ SPEC = OpSpec(
 _op, _call = register(SPEC)
 
 
+def check_segmented(op: str, queries: torch.Tensor, database: torch.Tensor, offsets: torch.Tensor) -> None:
+    """Check queries, a database and the bounds of its segments."""
+    check_matrices(op, queries, database)
+    check_rank(op, "offsets", offsets, 1, "[S + 1]")
+    check_dtype(op, "offsets", offsets, torch.int32, torch.int64)
+    if offsets.shape[0] == 0:
+        raise ValueError(f"{op}: offsets must be [S + 1] with at least one entry, got {list(offsets.shape)}")
+    check_int32_range(op, "database", database.shape[0])
+    if offsets.device.type == "cpu" and not is_compiling():
+        ordered = bool((offsets[1:] >= offsets[:-1]).all())
+        if not ordered or offsets[0] != 0 or offsets[-1] != database.shape[0]:
+            raise ValueError(
+                f"{op}: offsets must go from 0 to {database.shape[0]} without decreasing, got {offsets.tolist()[:8]}"
+            )
+
+
 def maximize_by_segment(
     queries: torch.Tensor, database: torch.Tensor, offsets: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,17 +86,5 @@ def maximize_by_segment(
 
     Source: MuSc (Li et al., ICLR 2024), section 3.2, generalised to segments.
     """
-    op = "segmented_max"
-    check_matrices(op, queries, database)
-    check_rank(op, "offsets", offsets, 1, "[S + 1]")
-    check_dtype(op, "offsets", offsets, torch.int32, torch.int64)
-    if offsets.shape[0] == 0:
-        raise ValueError(f"{op}: offsets must be [S + 1] with at least one entry, got {list(offsets.shape)}")
-    check_int32_range(op, "database", database.shape[0])
-    if offsets.device.type == "cpu" and not is_compiling():
-        ordered = bool((offsets[1:] >= offsets[:-1]).all())
-        if not ordered or offsets[0] != 0 or offsets[-1] != database.shape[0]:
-            raise ValueError(
-                f"{op}: offsets must go from 0 to {database.shape[0]} without decreasing, got {offsets.tolist()[:8]}"
-            )
+    check_segmented("segmented_max", queries, database, offsets)
     return (_op if is_compiling() else _call)(queries, database, offsets)
