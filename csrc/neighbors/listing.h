@@ -1,4 +1,4 @@
-// Screening into shortlists: what knn and matching_pursuit share.
+// Screening into shortlists: what knn, matching_pursuit and dictionary_lookup share.
 #pragma once
 
 #include "neighbors/screening.h"
@@ -25,10 +25,11 @@ struct Screening {
 };
 
 // Left rows [slot, slot + count) against at most kListedColumns right rows from `right_slot` on, into `lists`, as rows
-// `first_row` + slot. `keep(r, row)` says whether a pair counts at all; `holds_self`: one pair of a left row may not.
-template <class Keep>
+// `first_row` + slot. `keep(r, row)` says whether a pair counts at all; `holds_self`: one pair of a left row may not. A list is a Candidates or has its
+// interface.
+template <class List, class Keep>
 void list_candidates(const Screening& s, int64_t slot, int64_t count, int64_t right_slot, int64_t columns,
-                     int64_t first_row, bool bounded, bool holds_self, Candidates* lists, Workspace& w, Keep keep) {
+                     int64_t first_row, bool bounded, bool holds_self, List* lists, Workspace& w, Keep keep) {
   const StatsView own = s.left.stats(slot), others = s.right.stats(right_slot);
   const int64_t ld = s.right.padded(columns);
   w.products.resize(static_cast<size_t>(s.left.padded(count) * ld));
