@@ -4,6 +4,7 @@ The definition is the op's reference, or its own `portable` where the reference 
 with sizes as symbols, and with float32 where it says float64: a GPU has few double units, and TensorRT no doubles.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
@@ -15,6 +16,7 @@ from planmill.engine.capture import Captured, quiet_copies
 from planmill.engine.errors import PlanError, first_line
 from planmill.kernels.common.spec import NAMESPACE, OpSpec
 
+_TINY = torch.finfo(torch.float32).tiny
 _WAY_OUT = "build with plugins python or aot, or with target aoti"
 
 
@@ -45,9 +47,13 @@ def _traced(spec: OpSpec) -> Callable[..., Any]:
     definition = spec.load(spec.portable) if spec.portable else spec.reference
 
     def decompose(*args: Any, **kwargs: Any) -> Any:
+        sizes = [size for a in args if isinstance(a, torch.Tensor) for size in a.shape if isinstance(size, torch.SymInt)]
         try:
             with _SinglePrecision():
-                return definition(*args, **kwargs)
+                found = definition(*args, **kwargs)
+            if any(size.node.maybe_as_int() is not None for size in sizes):
+                raise NotImplementedError("its definition fixes a dynamic dimension to one size")
+            return found
         except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
             raise PlanError(
                 f"op {NAMESPACE}::{spec.name} cannot be lowered to standard operators: {first_line(error)}: {_WAY_OUT}"
@@ -60,14 +66,20 @@ class _SinglePrecision(TorchFunctionMode):
     """float32 for float64, and operators that ONNX has for those that it lacks."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        kwargs = dict(kwargs or {})
         if func is torch.Tensor.double:
             return args[0].float()
-        if kwargs.get("dtype") is torch.float64:
-            kwargs["dtype"] = torch.float32
-        args = tuple(torch.float32 if a is torch.float64 else a for a in args)
+        args = tuple(_single(a) for a in args)
+        kwargs = {key: _single(a) for key, a in (kwargs or {}).items()}
         stand_in = _STAND_INS.get(func)
         return stand_in(*args, **kwargs) if stand_in else func(*args, **kwargs)
+
+
+def _single(argument: Any) -> Any:
+    if argument is torch.float64:
+        return torch.float32
+    if isinstance(argument, float) and 0 < abs(argument) < _TINY:
+        return math.copysign(_TINY, argument)  # what keeps a divisor from zero has to go on doing so
+    return argument
 
 
 def _sort(x: torch.Tensor, dim: int = -1, descending: bool = False, *, stable: bool = False) -> Any:
@@ -84,10 +96,49 @@ def _distances(x: torch.Tensor, y: torch.Tensor, p: float = 2.0, compute_mode: s
     return (x.unsqueeze(-2) - y.unsqueeze(-3)).square().sum(-1).sqrt()
 
 
+def _amax(x: torch.Tensor, dim: Any = (), keepdim: bool = False) -> torch.Tensor:
+    """With every dimension named: the exporter of torch 2.13 asks for them."""
+    return torch.amax(x, _every(x, dim), keepdim)
+
+
+def _amin(x: torch.Tensor, dim: Any = (), keepdim: bool = False) -> torch.Tensor:
+    return torch.amin(x, _every(x, dim), keepdim)
+
+
+def _every(x: torch.Tensor, dim: Any) -> Any:
+    return tuple(range(x.dim())) if dim == () else dim
+
+
+def _searchsorted(ordered: torch.Tensor, values: torch.Tensor, *, right: bool = False) -> torch.Tensor:
+    """How many are below (or, right, not above) each value, by comparing all with all."""
+    below = ordered[..., None, :] <= values[..., None] if right else ordered[..., None, :] < values[..., None]
+    return below.sum(-1)
+
+
+def _getitem(x: torch.Tensor, index: Any) -> torch.Tensor:
+    """Indices in int64, which ONNX's GatherND asks for; those in a list as values of the graph."""
+    many = index if isinstance(index, tuple) else (index,)
+    return torch.Tensor.__getitem__(x, tuple(_index(x, i) for i in many))
+
+
+def _index(x: torch.Tensor, index: Any) -> Any:
+    if isinstance(index, list) and all(isinstance(i, int) for i in index):
+        return torch.stack([torch.full((), i, dtype=torch.int64, device=x.device) for i in index])
+    if isinstance(index, torch.Tensor) and index.dtype in (torch.int32, torch.int16, torch.int8):
+        return index.long()
+    return index
+
+
 _STAND_INS: dict[Any, Callable[..., Any]] = {
     torch.sort: _sort,
     torch.Tensor.sort: _sort,
     torch.argsort: _argsort,
     torch.Tensor.argsort: _argsort,
     torch.cdist: _distances,
+    torch.amax: _amax,
+    torch.Tensor.amax: _amax,
+    torch.amin: _amin,
+    torch.Tensor.amin: _amin,
+    torch.searchsorted: _searchsorted,
+    torch.Tensor.__getitem__: _getitem,
 }

@@ -18,6 +18,7 @@ SPEC = OpSpec(
         ((int(return_state) * q.shape[0], q.shape[2], q.shape[3], v.shape[3]), torch.float32),
     ],
     reference=gated_linear_attention_reference,
+    portable="portable:gated_linear_attention_portable",
     cases=cases,
     # Sums over the tokens grow with them: errors are those of a sum of some hundred products
     tolerances={torch.float32: (2e-5, 2e-5), torch.bfloat16: (4e-3, 8e-3), torch.float16: (2e-3, 2e-3)},

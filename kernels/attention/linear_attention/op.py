@@ -17,6 +17,7 @@ SPEC = OpSpec(
     "bool causal, float scale, float eps) -> Tensor",
     outputs=lambda q, k, v, *rest: [((*q.shape[:3], v.shape[3]), q.dtype)],
     reference=linear_attention_reference,
+    portable="portable:linear_attention_portable",
     cases=cases,
     tolerances={torch.float32: (2e-6, 2e-6), torch.bfloat16: (1e-3, 8e-3), torch.float16: (1e-3, 1e-3)},
     cpu="C++",

@@ -15,6 +15,7 @@ SPEC = OpSpec(
     "Tensor delta_bias, bool delta_softplus) -> (Tensor, Tensor)",
     outputs=lambda u, delta, A, *_: [(u.shape, u.dtype), ((u.shape[0], u.shape[1], A.shape[1]), torch.float32)],
     reference=selective_scan_reference,
+    portable="portable:selective_scan_portable",
     cases=cases,
     tolerances={torch.float32: (2e-5, 2e-5), torch.bfloat16: (4e-3, 8e-3), torch.float16: (1e-3, 1e-3)},
     cpu="C++",

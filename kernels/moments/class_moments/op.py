@@ -35,6 +35,7 @@ SPEC = OpSpec(
         ((classes,), torch.int32),
     ],
     reference=class_moments_reference,
+    portable="portable:class_moments_portable",
     cases=cases,
     compare=compare,
     backward=backward,

@@ -13,6 +13,7 @@ SPEC = OpSpec(
     schema="mahalanobis(Tensor x, Tensor mean, Tensor factor) -> Tensor",
     outputs=lambda x, mean, factor: [((x.shape[0], x.shape[1]), torch.float32)],
     reference=mahalanobis_reference,
+    portable="portable:mahalanobis_portable",
     cases=cases,
     tolerances=dict.fromkeys((torch.float32, torch.bfloat16, torch.float16), (2e-5, 2e-5)),
     cpu="C++",

@@ -13,6 +13,7 @@ SPEC = OpSpec(
     schema="matrix_root(Tensor s, int iterations, bool inverse) -> Tensor",
     outputs=lambda s, iterations, inverse: [(s.shape, torch.float32)],
     reference=matrix_root_reference,
+    portable="portable:matrix_root_portable",
     cases=cases,
     compare=compare,
     tolerances=dict.fromkeys((torch.float32, torch.bfloat16, torch.float16), (0.0, 1e-5)),

@@ -19,6 +19,7 @@ SPEC = OpSpec(
         ((features.shape[0], features.shape[1]), torch.float32),
     ],
     reference=bank_score_reference,
+    portable="portable:bank_score_portable",
     cases=cases,
     compare=compare,
     cpu="C++",

@@ -15,6 +15,7 @@ SPEC = OpSpec(
         ((features.shape[0], features.shape[1]), torch.float32),
     ],
     reference=mutual_score_reference,
+    portable="portable:mutual_score_portable",
     cases=cases,
     compare=compare,
     cpu="C++",

@@ -33,6 +33,7 @@ SPEC = OpSpec(
         ((queries.shape[0], offsets.shape[0] - 1), torch.int32),
     ],
     reference=segmented_max_reference,
+    portable="portable:segmented_max_portable",
     cases=cases,
     compare=compare,
     backward=backward,

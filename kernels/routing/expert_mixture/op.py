@@ -17,6 +17,7 @@ SPEC = OpSpec(
         ((x.shape[0], down.shape[1]), x.dtype)
     ],
     reference=expert_mixture_reference,
+    portable="portable:expert_mixture_portable",
     cases=cases,
     compare=compare,
     # The hidden row may be rounded to 16 bits between the two products, as the tensor cores and AMX take it.

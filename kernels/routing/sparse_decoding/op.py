@@ -25,6 +25,7 @@ SPEC = OpSpec(
     schema="sparse_decoding(Tensor values, Tensor indices, Tensor dictionary, Tensor bias) -> Tensor",
     outputs=lambda values, indices, dictionary, bias: [((values.shape[0], dictionary.shape[1]), dictionary.dtype)],
     reference=sparse_decoding_reference,
+    portable="portable:sparse_decoding_portable",
     cases=cases,
     tolerances={torch.float32: (1e-5, 1e-5), torch.bfloat16: (1e-2, 1e-2), torch.float16: (2e-3, 2e-3)},
     backward=backward,

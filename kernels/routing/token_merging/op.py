@@ -38,6 +38,7 @@ SPEC = OpSpec(
     schema="token_merging(Tensor x, Tensor offsets, Tensor members, bool mean) -> Tensor",
     outputs=lambda x, offsets, members, mean: [((x.shape[0], offsets.shape[1] - 1, x.shape[2]), x.dtype)],
     reference=token_merging_reference,
+    portable="portable:token_merging_portable",
     cases=cases,
     backward=backward,
     tolerances={torch.float32: (1e-5, 1e-5), torch.bfloat16: (2e-3, 8e-3), torch.float16: (2e-3, 2e-3)},
