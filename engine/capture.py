@@ -23,6 +23,8 @@ from planmill.engine.manifest import DimRange, Precision, TensorSpec
 Examples = torch.Tensor | Sequence[torch.Tensor] | Mapping[str, torch.Tensor]
 Layout = Literal["channels_last", "contiguous"]
 
+_HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 @dataclass(frozen=True)
 class DynamicDim:
@@ -126,16 +128,16 @@ def capture(
         model: in eval mode, on the CPU; it is not changed.
         example_inputs: one tensor, tensors in the order of `forward`, or tensors by argument name; any strides.
         dynamic: a DynamicDim for dimension 0 of every input, {input: {dimension: DynamicDim}}, or None: all fixed.
-        precision: "fp32" keeps the model's dtypes; "bf16" casts its parameters, its buffers and float32 inputs to
-            bfloat16 inside the program and its floating outputs back.
+        precision: "fp32" keeps the model's dtypes; "bf16" and "fp16" cast its parameters, its buffers and float32
+            inputs to bfloat16 or float16 inside the program and its floating outputs back.
         output_names: instead of the names found: dictionary keys or attribute names, else output, output_0, ...
 
     Raises:
         PlanError: the model is in training mode, does not run on the examples, fixes a dynamic dimension, changes its
             own state, returns something else than tensors, or holds an op that torch.export does not know.
     """
-    if precision not in ("fp32", "bf16"):
-        raise PlanError(f"precision must be fp32 or bf16, got {precision!r}")
+    if precision not in ("fp32", *_HALVES):
+        raise PlanError(f"precision must be fp32, bf16 or fp16, got {precision!r}")
     if model.training:
         raise PlanError("the model is in training mode, and a plan is for inference: call model.eval() first")
     names, tensors = _named(model, example_inputs)
@@ -148,10 +150,10 @@ def capture(
     reference = Boundary(model, keywords).eval()
     found, dtypes, layout = _run_once(model, keywords, examples)
     boundary = reference
-    if precision == "bf16":
-        boundary = Boundary(copy.deepcopy(model).to(torch.bfloat16), keywords, torch.bfloat16).eval()
+    if (half := _HALVES.get(precision)) is not None:
+        boundary = Boundary(copy.deepcopy(model).to(half), keywords, half).eval()
         boundary.dtypes = dtypes
-        _must_run(boundary, examples, "in bfloat16 on the example inputs")
+        _must_run(boundary, examples, f"in {str(half).removeprefix('torch.')} on the example inputs")
     program = _export(boundary, examples, names, dims)
     _must_be_pure(program)
     if output_names is not None and len(output_names) != len(found):

@@ -8,7 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 FORMAT_VERSION: Literal[1] = 1
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "fp16"]
+Verified = Literal["executed", "onnx, not executed on device"]
 Name = Annotated[str, Field(min_length=1, max_length=256, pattern=r"^[^\s\x00-\x1f]+$")]
 Size = Annotated[int, Field(ge=0, lt=2**63)]
 
@@ -115,11 +116,39 @@ class Receipt(_Record):
         cases: the sizes of the dynamic dimensions in each case.
         outputs: parity per output.
         tolerance: what was asked.
+        verified: "executed": the payload itself was run; otherwise what it was built from was.
+        proof: what was compared with the model, in words.
     """
 
     cases: list[dict[str, int]]
     outputs: list[OutputReceipt]
     tolerance: Tolerance
+    verified: Verified = "executed"
+    proof: str = ""
+
+
+class TensorRT(_Record):
+    """What a TensorRT plan says beyond the rest.
+
+    Args:
+        version: of the library that built the payload, and the one that it runs on.
+        sms: GPU architectures that the payload holds code for, e.g. 89 for compute capability 8.9.
+        plugin_mode: how ops of ours stand in the payload.
+        plugins: the ops that are plugins in it, each with its plugin's version.
+        layers: kinds of layers of the network before TensorRT fused them, and how many of each.
+        opset: of the ONNX graph that it was built from.
+        profile: minimum, optimum and maximum shape of each input.
+        builder_seconds: how long the builder took.
+    """
+
+    version: str
+    sms: list[Annotated[int, Field(ge=50, lt=1000)]]
+    plugin_mode: Literal["python", "aot", "none"]
+    plugins: dict[str, str]
+    layers: dict[str, int]
+    opset: int
+    profile: dict[str, tuple[list[Size], list[Size], list[Size]]]
+    builder_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class Manifest(_Record):
@@ -141,6 +170,7 @@ class Manifest(_Record):
     build_time_s: float
     created: str
     metadata: dict[str, JsonValue]
+    tensorrt: TensorRT | None = None
 
     @model_validator(mode="after")
     def _is_consistent(self) -> "Manifest":

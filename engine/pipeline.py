@@ -16,10 +16,19 @@ import planmill.kernels  # noqa: F401  the ops that a model may call
 from planmill.engine.capture import BATCH, Boundary, Captured, Dynamic, Examples, capture
 from planmill.engine.errors import PlanError
 from planmill.engine.machine import these_versions, this_machine
-from planmill.engine.manifest import FORMAT_VERSION, Manifest, Payload, Precision, Receipt, Tolerance
+from planmill.engine.manifest import (
+    FORMAT_VERSION,
+    Manifest,
+    Payload,
+    Precision,
+    Receipt,
+    TensorRT,
+    TensorSpec,
+    Tolerance,
+)
 from planmill.engine.plan import Plan, check_destination, describe_payload, write_plan
 from planmill.engine.swap import accelerate as swap_blocks
-from planmill.engine.targets import Options, find_target
+from planmill.engine.targets import Built, Options, Plugins, Runner, Target, find_target
 from planmill.engine.verify import TOLERANCES, Sampler, verify
 
 Progress = Callable[[str, float], None]
@@ -32,6 +41,8 @@ def build(
     *,
     target: str = "aoti",
     precision: Precision = "fp32",
+    plugins: Plugins | None = None,
+    sms: Sequence[int] = (),
     dynamic: Dynamic = BATCH,
     output_names: Sequence[str] | None = None,
     metadata: Mapping[str, JsonValue] | None = None,
@@ -47,8 +58,11 @@ def build(
         example_inputs: one tensor, tensors in the order of `forward`, or tensors by argument name. Their sizes fix what
             `dynamic` leaves, their values set the range of the random inputs that the plan is verified on.
         out: the file to write, `*.plan`. What stands there is replaced only after the new plan has passed.
-        target: "aoti".
-        precision: "fp32", or "bf16": bfloat16 inside, the model's dtypes at the boundary.
+        target: "aoti", "tensorrt-rtx" or "tensorrt".
+        precision: "fp32", or "bf16" or "fp16": bfloat16 or float16 inside, the model's dtypes at the boundary.
+        plugins: for TensorRT, how ops of ours stand in the plan: "python" (the default), "aot", or "none": each lowered
+            to standard operators.
+        sms: for TensorRT, the GPU architectures, e.g. (80, 120); the target's own choice when empty.
         dynamic: a DynamicDim for dimension 0 of every input (the default: 1 to 64), {input: {dimension: DynamicDim}},
             or None: all sizes fixed.
         output_names: instead of the names found: dictionary keys or attribute names, else output, output_0, ...
@@ -68,25 +82,30 @@ def build(
     """
     started = time.perf_counter()
     module = find_target(target)
+    options = Options(plugins or Options.plugins, tuple(sms))
     path = check_destination(out)
     kept = _plain_json(metadata or {})
     progress("capture", 0.0)
     captured = _capture(model, accelerate, example_inputs, dynamic, precision, output_names)
     with tempfile.TemporaryDirectory(prefix="planmill-") as folder:
         progress("compile", 0.0)
-        payload = module.compile_program(captured, Path(folder), Options()).payload
+        built = module.compile_program(captured, Path(folder), options)
         progress("verify", 0.0)
+        runner = _runner(module, built, captured)
         receipt = verify(
-            module.load_payload(payload),
+            runner,
             captured,
             tolerance or TOLERANCES[precision],
             sample=sample,
+            verified="executed" if built.onnx is None else "onnx, not executed on device",
+            proof=getattr(runner, "proof", ""),
             progress=lambda fraction: progress("verify", fraction),
         )
         progress("write", 0.0)
-        described, seconds = describe_payload(payload), time.perf_counter() - started
-        manifest = _manifest(model, captured, target, precision, described, receipt, seconds, kept)
-        plan = write_plan(path, manifest, {described.name: payload})
+        tensorrt = _tensorrt(built, captured, options)
+        described, seconds = describe_payload(built.payload), time.perf_counter() - started
+        manifest = _manifest(model, captured, target, precision, described, receipt, seconds, kept, tensorrt)
+        plan = write_plan(path, manifest, {described.name: built.payload})
     progress("write", 1.0)
     return plan
 
@@ -110,6 +129,34 @@ def _capture(
     return replace(captured, reference=Boundary(model, names).eval())
 
 
+def _runner(target: Target, built: Built, captured: Captured) -> Runner:
+    """What is compared with the model: the payload, or the ONNX graph behind one that cannot run here."""
+    if built.onnx is None:
+        return target.load_payload(built.payload)
+    from planmill.engine.onnx_runner import OnnxRunner
+
+    return OnnxRunner(built.onnx, captured.outputs)
+
+
+def _tensorrt(built: Built, captured: Captured, options: Options) -> TensorRT | None:
+    if built.tensorrt_version is None:
+        return None
+
+    def shape(spec: TensorSpec, which: str) -> list[int]:
+        return [getattr(captured.dynamic[size], which) if isinstance(size, str) else size for size in spec.shape]
+
+    return TensorRT(
+        version=built.tensorrt_version,
+        sms=list(built.sms),
+        plugin_mode=options.plugins,
+        plugins=built.plugins,
+        layers=built.layers,
+        opset=built.opset or 0,
+        profile={s.name: (shape(s, "minimum"), shape(s, "optimum"), shape(s, "maximum")) for s in captured.inputs},
+        builder_seconds=round(built.builder_seconds or 0.0, 3),
+    )
+
+
 def _manifest(
     model: torch.nn.Module,
     captured: Captured,
@@ -119,6 +166,7 @@ def _manifest(
     receipt: Receipt,
     seconds: float,
     metadata: dict[str, JsonValue],
+    tensorrt: TensorRT | None,
 ) -> Manifest:
     return Manifest(
         format=FORMAT_VERSION,
@@ -137,6 +185,7 @@ def _manifest(
         build_time_s=round(seconds, 3),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         metadata=metadata,
+        tensorrt=tensorrt,
     )
 
 

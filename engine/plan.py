@@ -65,15 +65,19 @@ class Plan:
         """Say whether this machine and this torch can run the plan.
 
         Raises:
-            PlanError: another version of torch, another system or architecture, or a missing instruction set.
+            PlanError: another version of torch (of TensorRT, for its plans), another system or architecture, or a
+                missing instruction set.
         """
+        need, have = self.manifest.platform, this_machine()
+        if self.manifest.tensorrt is not None:
+            self._check_tensorrt(self.manifest.tensorrt.version)
+            return
         made, here = self.manifest.versions.torch, these_versions().torch
         if release(made) != release(here):
             raise PlanError(
                 f"{self.path}: built with torch {release(made)}, and its native code runs only there; this is torch "
                 f"{release(here)}: install torch=={release(made)} or {_REBUILD}"
             )
-        need, have = self.manifest.platform, this_machine()
         if (need.system, need.machine) != (have.system, have.machine):
             raise PlanError(
                 f"{self.path}: built for {need.system} on {need.machine}; this is {have.system} on {have.machine}: "
@@ -83,6 +87,18 @@ class Plan:
         if missing:
             raise PlanError(
                 f"{self.path}: needs a CPU with {', '.join(missing)}, which this machine does not have: {_REBUILD} here"
+            )
+
+    def _check_tensorrt(self, made: str) -> None:
+        here = these_versions().tensorrt
+        if here is None:
+            raise PlanError(
+                f"{self.path}: needs TensorRT {made}, which is not installed: pip install 'planmill[tensorrt]'"
+            )
+        if release(made) != release(here):
+            raise PlanError(
+                f"{self.path}: built with TensorRT {made}, and its payload runs only there; this is {here}: install that "
+                f"version or {_REBUILD}"
             )
 
     def extract(self, folder: Path) -> Path:

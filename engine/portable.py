@@ -47,7 +47,9 @@ def _traced(spec: OpSpec) -> Callable[..., Any]:
     definition = spec.load(spec.portable) if spec.portable else spec.reference
 
     def decompose(*args: Any, **kwargs: Any) -> Any:
-        sizes = [size for a in args if isinstance(a, torch.Tensor) for size in a.shape if isinstance(size, torch.SymInt)]
+        sizes = [
+            size for a in args if isinstance(a, torch.Tensor) for size in a.shape if isinstance(size, torch.SymInt)
+        ]
         try:
             with _SinglePrecision():
                 found = definition(*args, **kwargs)

@@ -7,13 +7,15 @@ import torch
 
 from planmill.engine.capture import Captured, resized
 from planmill.engine.errors import PlanError
-from planmill.engine.manifest import DimRange, OutputReceipt, Precision, Receipt, TensorSpec, Tolerance
+from planmill.engine.manifest import DimRange, OutputReceipt, Precision, Receipt, TensorSpec, Tolerance, Verified
 from planmill.engine.targets import Runner
 
 # bf16 keeps 8 bits: one rounding is 0.4 %, and a deep model adds up tens of them; an argmax over close values may flip.
+# fp16 keeps 11.
 TOLERANCES: dict[Precision, Tolerance] = {
     "fp32": Tolerance(cosine=0.999999, max_rel=1e-4, mismatched=0.0),
     "bf16": Tolerance(cosine=0.995, max_rel=0.1, mismatched=0.05),
+    "fp16": Tolerance(cosine=0.9995, max_rel=0.02, mismatched=0.02),
 }
 
 Sampler = Callable[[Mapping[str, int], torch.Generator], Sequence[torch.Tensor]]
@@ -26,6 +28,8 @@ def verify(
     *,
     sample: Sampler | None = None,
     seed: int = 0,
+    verified: Verified = "executed",
+    proof: str = "",
     progress: Callable[[float], None] = lambda fraction: None,
 ) -> Receipt:
     """Compare a plan with its model on fresh random inputs, in float64.
@@ -37,6 +41,8 @@ def verify(
         sample: `sample(sizes, generator) -> inputs`, for a model that takes only certain values. Without it floating
             inputs are normal with the mean and deviation of the example, integers lie between the example's extremes.
         seed: of the random inputs.
+        verified: what `run` runs, for the receipt.
+        proof: the same in words.
         progress: called with the part that is done, 0 to 1.
 
     Returns:
@@ -57,7 +63,8 @@ def verify(
             _must_match(spec, w, g, sizes)
             worst[spec.name] = _worse(worst.get(spec.name), compare(spec.name, g.detach(), w.detach()))
         progress((index + 1) / len(cases))
-    receipt = Receipt(cases=cases, outputs=[worst[spec.name] for spec in captured.outputs], tolerance=tolerance)
+    outputs = [worst[spec.name] for spec in captured.outputs]
+    receipt = Receipt(cases=cases, outputs=outputs, tolerance=tolerance, verified=verified, proof=proof)
     check_receipt(receipt)
     return receipt
 

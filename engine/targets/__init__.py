@@ -13,6 +13,8 @@ from planmill.engine.errors import PlanError
 
 TARGETS = {"aoti": "planmill.engine.targets.aoti"}
 
+_EXTRA = ("onnx", "onnxscript", "onnxruntime", "tensorrt", "tensorrt_rtx")
+
 Plugins = Literal["python", "aot", "none"]
 Runner = Callable[[list[torch.Tensor]], list[torch.Tensor]]
 
@@ -71,8 +73,13 @@ def find_target(name: str) -> Target:
     """The target of that name.
 
     Raises:
-        PlanError: there is none; the message lists those that exist.
+        PlanError: there is none, and the message lists those that exist; or a package that it needs is missing.
     """
     if name not in TARGETS:
         raise PlanError(f"no target named {name!r}; there is {', '.join(TARGETS)}")
-    return cast(Target, importlib.import_module(TARGETS[name]))
+    try:
+        return cast(Target, importlib.import_module(TARGETS[name]))
+    except ModuleNotFoundError as error:
+        if str(error.name).partition(".")[0] in _EXTRA:
+            raise PlanError(f"target {name} needs {error.name}: pip install 'planmill[tensorrt]'") from error
+        raise

@@ -32,14 +32,16 @@ def compile_program(captured: Captured, folder: Path, options: Options) -> Built
     Args:
         captured: the model.
         folder: an empty directory for the payload.
-        options: none of them concerns this target.
+        options: must be the default ones.
 
     Returns:
         The payload.
 
     Raises:
-        PlanError: no C++ compiler, or an op that AOTInductor cannot lower.
+        PlanError: no C++ compiler, an option of another target, or an op that AOTInductor cannot lower.
     """
+    if options != Options():
+        raise PlanError("target aoti takes neither plugins nor SM architectures: these are TensorRT's")
     try:
         get_cpp_compiler()
     except InvalidCxxCompiler as error:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from planmill.engine import Tolerance
     from planmill.engine.manifest import Precision
+    from planmill.engine.targets import Plugins
 
 _STAGES = {
     "load": "loading the model",
@@ -30,8 +31,16 @@ _STAGES = {
 def build(
     model: Annotated[str, typer.Argument(help="module.py:factory, package.module:factory, or a timm model's name.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The plan to write, *.plan.")],
-    target: Annotated[str, typer.Option(help="What to compile to.")] = "aoti",
-    precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+    target: Annotated[str, typer.Option(help="What to compile to: aoti, tensorrt-rtx or tensorrt.")] = "aoti",
+    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+    sm: Annotated[str | None, typer.Option(help="TensorRT: GPU architectures of the plan, e.g. 80,86,89,120.")] = None,
+    plugins: Annotated[
+        str | None,
+        typer.Option(
+            help="TensorRT: our ops called in Python (python, the default), as kernels inside the plan (aot), or lowered "
+            "to standard operators (none)."
+        ),
+    ] = None,
     inputs: Annotated[
         list[str] | None,
         typer.Option(
@@ -57,6 +66,10 @@ def build(
 ) -> None:
     """Mill a model into a plan, and prove that the plan computes what the model computes."""
     sizes = _sizes(batch)
+    sms = _architectures(sm)
+    if plugins not in (None, "python", "aot", "none"):
+        raise PlanmillError(f"--plugins must be python, aot or none, got {plugins!r}")
+    mode: Plugins | None = plugins
     wanted = [_parse_input(text) for text in inputs or []]
 
     import torch
@@ -68,7 +81,7 @@ def build(
 
     find_target(target)
     if precision not in engine.TOLERANCES:
-        raise PlanmillError(f"precision must be fp32 or bf16, got {precision!r}")
+        raise PlanmillError(f"precision must be fp32, bf16 or fp16, got {precision!r}")
     kind: Precision = precision
     check_destination(out)
     tolerance = _tolerance(kind, max_rel, cosine)
@@ -82,6 +95,8 @@ def build(
             out,
             target=target,
             precision=kind,
+            plugins=mode,
+            sms=sms,
             dynamic=None if static else engine.DynamicDim("batch", *sizes),
             tolerance=tolerance,
             accelerate=accelerate,
@@ -123,6 +138,14 @@ def _tolerance(precision: "Precision", max_rel: float | None, cosine: float | No
     if cosine is not None and not -1 <= cosine <= 1:
         raise PlanmillError(f"--cosine must be -1 to 1, got {cosine}")
     return Tolerance(**(TOLERANCES[precision].model_dump() | changes)) if changes else None
+
+
+def _architectures(text: str | None) -> tuple[int, ...]:
+    """ "80,120" -> 80, 120; in order, each once."""
+    parts = text.split(",") if text is not None else []
+    if not all(part.isdecimal() and 50 <= int(part) < 1000 for part in parts):
+        raise PlanmillError(f"--sm must be a list of GPU architectures, e.g. 80,86,89,120, got {text!r}")
+    return tuple(sorted({int(part) for part in parts}))
 
 
 def _sizes(text: str) -> tuple[int, int, int]:

@@ -11,6 +11,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from planmill.engine import Plan
+    from planmill.engine.manifest import TensorRT
 
 
 def info(
@@ -43,6 +44,7 @@ def describe(plan: "Plan", console: Console) -> None:
         ("platform", f"{m.platform.system} {m.platform.machine}: {' '.join(m.platform.isa)}"),
         *(("payload", f"{p.name}, {p.size / 2**20:.1f} MiB, sha256 {p.sha256[:16]}...") for p in m.payloads),
         ("built", f"{m.created}, in {m.build_time_s:.1f} s"),
+        *(_tensorrt(m.tensorrt) if m.tensorrt else ()),
         *((f"metadata {key}", json.dumps(value)) for key, value in m.metadata.items()),
     ]
     for key, value in rows:
@@ -55,5 +57,20 @@ def describe(plan: "Plan", console: Console) -> None:
         numbers = (f"{output.max_abs:.2e}", f"{output.max_rel:.2e}", f"{output.cosine:.8f}", f"{output.mismatched:.2%}")
         receipt.add_row(escape(output.name), *numbers)
     receipt.add_section()
+    receipt.caption = escape(f"{m.receipt.verified}: {m.receipt.proof}" if m.receipt.proof else m.receipt.verified)
     receipt.add_row("allowed", "", f"{limit.max_rel:.2e}", f"{limit.cosine:.8f}", f"{limit.mismatched:.2%}")
     console.print(receipt)
+
+
+def _tensorrt(t: "TensorRT") -> list[tuple[str, str]]:
+    """Rows of what TensorRT built."""
+    layers = sorted(t.layers.items(), key=lambda item: (-item[1], item[0]))
+    plugins = ", ".join(f"{name} (version {version})" for name, version in t.plugins.items())
+    profile = [(n, ["x".join(map(str, shape)) or "scalar" for shape in shapes]) for n, shapes in t.profile.items()]
+    return [
+        ("TensorRT", f"{t.version}, ONNX opset {t.opset}, built in {t.builder_seconds:.1f} s"),
+        ("GPUs", ", ".join(f"SM {sm // 10}.{sm % 10}" for sm in t.sms)),
+        ("plugins", f"{t.plugin_mode}: {plugins}" if plugins else f"{t.plugin_mode}: no op of ours in the plan"),
+        ("layers", ", ".join(f"{count} {kind}" for kind, count in layers)),
+        *(("profile", f"{n}: {low} to {high}, tuned for {opt}") for n, (low, opt, high) in profile),
+    ]
