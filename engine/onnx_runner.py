@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
+import onnx.inliner
 import onnxruntime
 import torch
 from google.protobuf.message import DecodeError
@@ -73,7 +74,7 @@ class OnnxRunner:
         with tempfile.TemporaryDirectory(prefix="planmill-") as folder:
             self._segments = [_segment(model, stages, stage, Path(folder)) for stage in stages]
         self._custom = [[node for node in stage if node.domain == NAMESPACE] for stage in stages]
-        self.proof = _proof(own, HALVES & set(self._types.values()))
+        self.proof = _proof(own, {kind for kind in self._types.values() if kind in HALVES})
 
     def __call__(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
         """Compute the graph.

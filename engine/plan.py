@@ -97,8 +97,8 @@ class Plan:
             )
         if release(made) != release(here):
             raise PlanError(
-                f"{self.path}: built with TensorRT {made}, and its payload runs only there; this is {here}: install that "
-                f"version or {_REBUILD}"
+                f"{self.path}: built with TensorRT {made}, and its payload runs only there; this is {here}: install "
+                f"that version or {_REBUILD}"
             )
 
     def extract(self, folder: Path) -> Path:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.overrides import TorchFunctionMode
 
 from planmill.engine.capture import Captured, quiet_copies
@@ -53,7 +54,7 @@ def _traced(spec: OpSpec) -> Callable[..., Any]:
         try:
             with _SinglePrecision():
                 found = definition(*args, **kwargs)
-            if any(size.node.maybe_as_int() is not None for size in sizes):
+            if any(is_concrete_int(size) for size in sizes):
                 raise NotImplementedError("its definition fixes a dynamic dimension to one size")
             return found
         except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:

@@ -16,6 +16,7 @@ TARGETS = {"aoti": "planmill.engine.targets.aoti"}
 _EXTRA = ("onnx", "onnxscript", "onnxruntime", "tensorrt", "tensorrt_rtx")
 
 Plugins = Literal["python", "aot", "none"]
+PLUGINS: dict[str, Plugins] = {"python": "python", "aot": "aot", "none": "none"}
 Runner = Callable[[list[torch.Tensor]], list[torch.Tensor]]
 
 

@@ -37,8 +37,8 @@ def build(
     plugins: Annotated[
         str | None,
         typer.Option(
-            help="TensorRT: our ops called in Python (python, the default), as kernels inside the plan (aot), or lowered "
-            "to standard operators (none)."
+            help="TensorRT: our ops called in Python (python, the default), as kernels inside the plan (aot), or "
+            "lowered to standard operators (none)."
         ),
     ] = None,
     inputs: Annotated[
@@ -67,9 +67,7 @@ def build(
     """Mill a model into a plan, and prove that the plan computes what the model computes."""
     sizes = _sizes(batch)
     sms = _architectures(sm)
-    if plugins not in (None, "python", "aot", "none"):
-        raise PlanmillError(f"--plugins must be python, aot or none, got {plugins!r}")
-    mode: Plugins | None = plugins
+    mode = _plugins(plugins)
     wanted = [_parse_input(text) for text in inputs or []]
 
     import torch
@@ -146,6 +144,16 @@ def _architectures(text: str | None) -> tuple[int, ...]:
     if not all(part.isdecimal() and 50 <= int(part) < 1000 for part in parts):
         raise PlanmillError(f"--sm must be a list of GPU architectures, e.g. 80,86,89,120, got {text!r}")
     return tuple(sorted({int(part) for part in parts}))
+
+
+def _plugins(text: str | None) -> "Plugins | None":
+    from planmill.engine.targets import PLUGINS
+
+    if text is None:
+        return None
+    if text not in PLUGINS:
+        raise PlanmillError(f"--plugins must be {', '.join(PLUGINS)}, got {text!r}")
+    return PLUGINS[text]
 
 
 def _sizes(text: str) -> tuple[int, int, int]:

@@ -106,7 +106,7 @@ def test_refused_arguments() -> None:
     model, x = nn.Linear(4, 4).eval(), torch.randn(2, 4)
     cases: list[tuple[str, Callable[[], object]]] = [
         ("training mode", lambda: capture(nn.Linear(4, 4), x)),
-        ("precision must be fp32 or bf16", lambda: capture(model, x, precision="int3")),  # type: ignore[arg-type]
+        ("precision must be fp32, bf16 or fp16", lambda: capture(model, x, precision="int3")),  # type: ignore[arg-type]
         ("example_inputs is empty", lambda: capture(model, ())),
         ("input input: must be a torch.Tensor, got list", lambda: capture(model, [[1.0]])),  # type: ignore[list-item]
         ("must be on the CPU, got meta", lambda: capture(model, x.to("meta"))),

@@ -148,7 +148,7 @@ BUILD_MISTAKES = [
     (["vit_enormous_patch9"], "timm has no model named 'vit_enormous_patch9'"),
     (["resnet18"], "give its weights (--weights FILE), or allow random ones (--random-weights)"),
     (["{f}/model.py:Model", "--target", "tensorrt"], "no target named 'tensorrt'; there is aoti"),
-    (["{f}/model.py:Model", "--precision", "int8"], "precision must be fp32 or bf16, got 'int8'"),
+    (["{f}/model.py:Model", "--precision", "int8"], "precision must be fp32, bf16 or fp16, got 'int8'"),
     (["{f}/model.py:Model", "--max-rel", "-1"], "--max-rel must be a number from 0"),
     (["{f}/model.py:Model", "--cosine", "nan"], "--cosine must be -1 to 1"),
     (["{f}/model.py:Model", "--batch", "4:2:8"], "--batch must satisfy MIN <= OPT <= MAX"),
