@@ -18,7 +18,7 @@ from planmill.engine.errors import PlanError
 from planmill.engine.manifest import Manifest, TensorSpec
 from planmill.engine.plan import Plan
 from planmill.engine.profiling import Profile, profile_calls
-from planmill.engine.targets import Runner, find_target
+from planmill.engine.targets import OnDevice, Runner, find_target
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,8 @@ class Session:
 
     Args:
         path: a plan file. It holds native code that loading runs: load only plans you trust.
+        cuda_graphs: for a TensorRT plan: capture what a call puts on the GPU once for each set of input shapes, at its
+            second call, and replay it from then on.
 
     Raises:
         PlanError: the file is damaged or foreign, or does not fit this machine, this torch, or the ops at hand.
@@ -51,7 +53,7 @@ class Session:
     few samples each gain by sharing calls: see `MicroBatcher`. It computes no gradients.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, cuda_graphs: bool = False) -> None:
         self.plan = Plan.read(path)
         self.plan.check_environment()
         manifest = self.plan.manifest
@@ -59,7 +61,12 @@ class Session:
         _check_ops(self.plan)
         target = find_target(manifest.target)
         with tempfile.TemporaryDirectory(prefix="planmill-") as folder:
-            self._run: Runner | None = target.load_payload(self.plan.extract(Path(folder)))
+            self._run: Runner | None = target.load_payload(self.plan.extract(Path(folder)), manifest)
+        self._on_device = isinstance(self._run, OnDevice)
+        if cuda_graphs:
+            if not isinstance(self._run, OnDevice):
+                raise PlanError(f"{self.plan.path}: cuda_graphs: a plan of target {manifest.target} runs on the CPU")
+            self._run.record_graphs()
         self._checks = [_unpack(spec, manifest) for spec in self.inputs]
         self._lock = threading.Lock()
 
@@ -69,7 +76,8 @@ class Session:
         """Run the plan.
 
         Args:
-            inputs: tensors on the CPU in the plan's order; strided ones are copied first.
+            inputs: tensors in the plan's order, on the CPU, or on the GPU of a TensorRT plan; strided ones are copied
+                first. The outputs are where the first input is.
             outputs: tensors to fill, as `allocate_outputs` makes them; None: the call makes new ones, which share no
                 memory with the inputs or with each other and are the caller's to change.
 
@@ -169,7 +177,7 @@ class Session:
         if outputs is None:
             return _own(self._launch(ready), ready)
         filled = list(outputs)
-        _check_outputs(self.outputs, filled)
+        _check_outputs(self.outputs, filled, self._on_device)
         return _fill(self.outputs, self._launch(ready), filled)
 
     def _launch(self, ready: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -180,14 +188,16 @@ class Session:
 
     def _check(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The inputs as the payload takes them."""
-        checks = self._checks
+        checks, on_device = self._checks, self._on_device
         sizes: dict[str, int] = {}
         if len(inputs) != len(checks):
             names = ", ".join(check.spec.name for check in checks)
             raise PlanError(f"the plan takes {len(checks)} inputs ({names}), got {len(inputs)}")
         ready = []
         for check, x in zip(checks, inputs, strict=True):
-            if not isinstance(x, torch.Tensor) or x.dtype is not check.dtype or x.dim() != check.rank or not x.is_cpu:
+            if not isinstance(x, torch.Tensor) or x.dtype is not check.dtype or x.dim() != check.rank:
+                _refuse(f"input {check.spec.name}", check.spec, x)
+            if not (x.is_cpu or (on_device and x.is_cuda)):
                 _refuse(f"input {check.spec.name}", check.spec, x)
             shape = x.shape
             for dim, size in check.fixed:
@@ -218,11 +228,13 @@ def _own(outputs: list[torch.Tensor], inputs: Sequence[torch.Tensor]) -> list[to
     return outputs
 
 
-def _check_outputs(specs: Sequence[TensorSpec], outputs: list[torch.Tensor]) -> None:
+def _check_outputs(specs: Sequence[TensorSpec], outputs: list[torch.Tensor], on_device: bool) -> None:
     if len(outputs) != len(specs):
         raise PlanError(f"outputs: the plan has {len(specs)} outputs, got {len(outputs)} tensors to fill")
     for spec, x in zip(specs, outputs, strict=True):
-        if not isinstance(x, torch.Tensor) or x.dtype is not spec.torch_dtype or not x.is_cpu:
+        if not isinstance(x, torch.Tensor) or x.dtype is not spec.torch_dtype:
+            _refuse(f"output {spec.name}", spec, x)
+        if not (x.is_cpu or (on_device and x.is_cuda)):
             _refuse(f"output {spec.name}", spec, x)
         if x.requires_grad:
             _refuse(f"output {spec.name}", spec, x, ": it requires a gradient, and a session computes none")

@@ -13,7 +13,7 @@ import torch
 
 from planmill.engine.plugins.fields import PLUGIN_VERSION, declare_fields, pack_values, read_fields
 from planmill.engine.plugins.memory import view_memory
-from planmill.engine.plugins.sizes import bind, evaluate, tensor_arguments, trace_outputs
+from planmill.engine.plugins.sizes import bind, evaluate, trace_outputs
 from planmill.kernels import OpSpec, ops
 from planmill.kernels.common.spec import NAMESPACE
 
@@ -29,6 +29,13 @@ DTYPES = {
     torch.bool: "BOOL",
 }
 _TORCH = {name: dtype for dtype, name in DTYPES.items()}
+
+
+def torch_dtype(type: Any) -> torch.dtype:
+    """TensorRT's dtype as torch knows it."""
+    return _TORCH[type.name]
+
+
 _OPERATIONS = {"+": "SUM", "-": "SUB", "*": "PROD", "//": "FLOOR_DIV"}
 
 
@@ -190,8 +197,3 @@ def register_creators(trt: Any, names: Iterable[str] | None = None) -> list[str]
                 raise RuntimeError(f"TensorRT did not take the plugin {name}: another one has its name")
             _REGISTERED[trt.__name__, name] = creator
     return wanted
-
-
-def inputs_of(spec: OpSpec) -> list[str]:
-    """The names of a node's inputs."""
-    return tensor_arguments(spec)

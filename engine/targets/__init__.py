@@ -4,14 +4,19 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol, cast
+from typing import Literal, Protocol, cast, runtime_checkable
 
 import torch
 
 from planmill.engine.capture import Captured
 from planmill.engine.errors import PlanError
+from planmill.engine.manifest import Manifest
 
-TARGETS = {"aoti": "planmill.engine.targets.aoti"}
+TARGETS = {
+    "aoti": "planmill.engine.targets.aoti",
+    "tensorrt-rtx": "planmill.engine.targets.tensorrt_rtx",
+    "tensorrt": "planmill.engine.targets.tensorrt",
+}
 
 _EXTRA = ("onnx", "onnxscript", "onnxruntime", "tensorrt", "tensorrt_rtx")
 
@@ -60,14 +65,28 @@ class Built:
     builder_seconds: float | None = None
 
 
+@runtime_checkable
+class OnDevice(Protocol):
+    """A runner whose payload runs on a GPU: it takes inputs on either side."""
+
+    def __call__(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Run; the outputs are where the first input is."""
+
+    def record_graphs(self) -> None:
+        """From now on, capture a CUDA graph for each set of input shapes that comes twice, and replay it."""
+
+
 class Target(Protocol):
     """What the engine asks of a target."""
 
     def compile_program(self, captured: Captured, folder: Path, options: Options) -> Built:
         """Compile a captured model to one payload file in `folder`."""
 
-    def load_payload(self, path: Path) -> Runner:
-        """Load a payload: contiguous inputs in order -> outputs in order. The file may be deleted afterwards."""
+    def load_payload(self, path: Path, manifest: Manifest | None = None) -> Runner:
+        """Load a payload: contiguous inputs in order -> outputs in order. The file may be deleted afterwards.
+
+        A target whose payload knows its inputs and outputs by name only asks for the manifest.
+        """
 
 
 def find_target(name: str) -> Target:

@@ -18,6 +18,7 @@ from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompil
 
 from planmill.engine.capture import Captured, custom_overloads, quiet_copies
 from planmill.engine.errors import PlanError, first_line
+from planmill.engine.manifest import Manifest
 from planmill.engine.targets import Built, Options, Runner
 from planmill.kernels.common.cpu import extension
 
@@ -61,7 +62,7 @@ def compile_program(captured: Captured, folder: Path, options: Options) -> Built
     return Built(path)
 
 
-def load_payload(path: Path) -> Runner:
+def load_payload(path: Path, manifest: Manifest | None = None) -> Runner:
     """Load a package; it unpacks itself into a temporary directory that goes with the runner.
 
     Other Python threads run while the package does. Without our extension torch's own loader runs it, and they wait.

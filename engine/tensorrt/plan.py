@@ -3,11 +3,13 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
+
 from planmill.engine.capture import Captured
 from planmill.engine.errors import PlanError
 from planmill.engine.manifest import DimRange, TensorSpec
 from planmill.engine.onnx_export import OnnxModel, export_onnx
-from planmill.engine.plugins import plugin_name
+from planmill.engine.plugins import DTYPES, plugin_name
 from planmill.engine.targets import Built, Options
 from planmill.engine.tensorrt.builder import Job, Library
 from planmill.engine.tensorrt.head import read_head
@@ -24,6 +26,7 @@ def compile_captured(captured: Captured, folder: Path, options: Options, library
         PlanError: the options do not fit the library, the model does not become ONNX, or the builder gives no plan.
     """
     _check_options(options, library)
+    check_dtypes(captured)
     with start_builder(folder) as builder:
         model = export_onnx(captured, folder, plugins=options.plugins)
         return build_onnx(builder, model, captured.inputs, captured.dynamic, options, library)
@@ -92,6 +95,23 @@ def shape_profile(inputs: list[TensorSpec], dynamic: Mapping[str, DimRange]) -> 
         for spec in inputs
         if any(isinstance(size, str) for size in spec.shape)
     }
+
+
+def check_dtypes(captured: Captured) -> None:
+    """TensorRT's parser would turn float64 into float32 with a warning; here that is the model's to do.
+
+    Raises:
+        PlanError: the model computes with a dtype that TensorRT does not have; names the first op that does.
+    """
+    for node in captured.program.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor) and value.dtype not in DTYPES:
+            users = [str(user.target) for user in node.users if user.op == "call_function"]
+            where = str(node.target) if node.op == "call_function" else (users or [node.name])[0]
+            raise PlanError(
+                f"TensorRT has no {str(value.dtype).removeprefix('torch.')}, which op {where} takes or gives: cast to "
+                "float32 or int64 in the model, or build with --target aoti"
+            )
 
 
 def _architectures(options: Options, library: Library) -> list[int]:

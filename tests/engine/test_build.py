@@ -27,7 +27,7 @@ def fake_target(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         (folder / "fake.bin").write_bytes(b"fake")
         return Built(folder / "fake.bin")
 
-    def load_payload(path: Path) -> Callable[..., list[torch.Tensor]]:
+    def load_payload(path: Path, manifest: Any = None) -> Callable[..., list[torch.Tensor]]:
         def run(inputs: list[torch.Tensor]) -> list[torch.Tensor]:
             with torch.no_grad():
                 return list(module.spoil(list(module.program(*inputs))))
@@ -125,8 +125,8 @@ def test_model_that_gives_nan_never_passes(fake_target: ModuleType, tmp_path: Pa
 def test_refused_before_any_work(perceptron: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("planmill.engine.pipeline.capture", None)
     x = torch.randn(1, 6)
-    with pytest.raises(PlanError, match="no target named 'tensorrt'; there is aoti"):
-        build(perceptron, x, tmp_path / "a.plan", target="tensorrt")
+    with pytest.raises(PlanError, match="no target named 'tpu'; there is aoti, tensorrt-rtx, tensorrt"):
+        build(perceptron, x, tmp_path / "a.plan", target="tpu")
     with pytest.raises(PlanError, match="no directory"):
         build(perceptron, x, tmp_path / "missing" / "a.plan")
     for metadata in ({"x": float("nan")}, {"x": {1, 2}}, {"x": (1, 2)}, {3: "x"}):

@@ -1,0 +1,213 @@
+"""A TensorRT plan, loaded: device buffers from torch, on torch's current stream, replayed as a CUDA graph where asked.
+
+Inputs and outputs go by name, so their order is the plan file's, not the library's. A call on host tensors copies them
+to the device and gives host tensors back; a call on device tensors stays there. Nothing is allocated by TensorRT's own
+buffers, nothing waits for the device but the copies to the host.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from planmill.engine.errors import PlanError
+from planmill.engine.manifest import Manifest
+from planmill.engine.plugins import register_creators, torch_dtype
+from planmill.engine.tensorrt.builder import Library, import_library
+from planmill.engine.tensorrt.head import read_head
+from planmill.errors import PlanmillError
+
+_GRAPHS = 8  # sets of input shapes whose graphs are kept
+
+Shapes = tuple[tuple[int, ...], ...]
+
+
+@dataclass
+class Graph:
+    """A captured run: copy into `inputs`, call `replay`, read `outputs`; the context owns the memory between."""
+
+    context: Any
+    inputs: list[torch.Tensor]
+    outputs: list[torch.Tensor]
+    replay: Callable[[], None]
+
+
+@dataclass
+class Device:
+    """What a runner asks of the machine; the tests put the CPU in its place."""
+
+    device: torch.device = field(default_factory=lambda: torch.device("cuda", torch.cuda.current_device()))
+
+    def stream(self) -> int:
+        """The current stream's handle."""
+        return torch.cuda.current_stream(self.device).cuda_stream
+
+    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
+        """Record what `run` puts on the current stream; gives what replays it there."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        return graph.replay
+
+
+class _Context:
+    """One execution context: the shapes and addresses that it was told, and its runs."""
+
+    def __init__(self, engine: Any, inputs: list[str], outputs: list[tuple[str, torch.dtype]], device: Device) -> None:
+        self.context = engine.create_execution_context()
+        if self.context is None:
+            raise PlanError("TensorRT cannot make an execution context: the GPU's memory may be full")
+        self.inputs, self.outputs, self.device = inputs, outputs, device
+        self.shapes: Shapes | None = None
+        self.made: list[tuple[int, ...]] = []
+        self.nothing = torch.empty(1, dtype=torch.uint8, device=device.device)  # the address of what is empty
+
+    def prepare(self, ready: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Take these inputs; gives the new outputs that the next run fills."""
+        shapes = tuple(tuple(x.shape) for x in ready)
+        if shapes != self.shapes:
+            self._reshape(shapes)
+        outputs = [
+            torch.empty(shape, dtype=dtype, device=self.device.device)
+            for shape, (_, dtype) in zip(self.made, self.outputs, strict=True)
+        ]
+        for name, x in zip(self.inputs, ready, strict=True):
+            self.context.set_tensor_address(name, self._address(x))
+        for (name, _), x in zip(self.outputs, outputs, strict=True):
+            self.context.set_tensor_address(name, self._address(x))
+        return outputs
+
+    def run(self) -> None:
+        """Put the plan on the current stream."""
+        if not self.context.execute_async_v3(self.device.stream()):
+            raise PlanError("TensorRT could not run the plan: its log on standard error says why")
+
+    def _reshape(self, shapes: Shapes) -> None:
+        self.shapes = None  # until the context has taken all of them
+        for name, shape in zip(self.inputs, shapes, strict=True):
+            if not self.context.set_input_shape(name, shape):
+                raise PlanError(f"input {name}: the TensorRT payload does not take {list(shape)}")
+        missing = self.context.infer_shapes()
+        if missing:
+            raise PlanError(f"the TensorRT payload needs more to know its shapes: {', '.join(missing)}")
+        self.made = [tuple(self.context.get_tensor_shape(name)) for name, _ in self.outputs]
+        self.shapes = shapes
+
+    def _address(self, x: torch.Tensor) -> int:
+        return x.data_ptr() if x.numel() else self.nothing.data_ptr()
+
+
+class EngineRunner:
+    """A loaded engine; not for several threads at once.
+
+    Args:
+        engine: of tensorrt or tensorrt_rtx.
+        inputs: names in the order of a call.
+        outputs: names in the order of the result.
+        device: where it runs.
+
+    Raises:
+        PlanError: the engine does not have these inputs and outputs.
+    """
+
+    def __init__(self, engine: Any, inputs: Sequence[str], outputs: Sequence[str], device: Device) -> None:
+        found = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+        inside = {name for name in found if engine.get_tensor_mode(name).name == "INPUT"}
+        # An input that no output depends on is no input of the engine.
+        if not inside <= set(inputs) or set(found) - inside != set(outputs):
+            raise PlanError(f"the TensorRT payload has other inputs or outputs than the manifest: {', '.join(found)}")
+        self.engine, self.device, self._graphs = engine, device, False
+        self._used = [index for index, name in enumerate(inputs) if name in inside]
+        self._inputs = [inputs[index] for index in self._used]
+        self._outputs = [(name, torch_dtype(engine.get_tensor_dtype(name))) for name in outputs]
+        self._context = self._new_context()
+        self._seen: set[Shapes] = set()
+        self._captured: OrderedDict[Shapes, Graph] = OrderedDict()
+
+    def __call__(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Run on contiguous inputs; the outputs are where the first input is."""
+        given = [inputs[index] for index in self._used]
+        outputs = self._replay(given) if self._graphs else self._run(given)
+        home = inputs[0].device
+        return outputs if home == self.device.device else [x.to(home) for x in outputs]
+
+    def record_graphs(self) -> None:
+        """Capture a CUDA graph at the second call with the same input shapes, and replay it from then on."""
+        self._graphs = True
+
+    def _new_context(self) -> _Context:
+        return _Context(self.engine, self._inputs, self._outputs, self.device)
+
+    def _run(self, given: list[torch.Tensor]) -> list[torch.Tensor]:
+        ready = [x.to(self.device.device, non_blocking=True) for x in given]
+        outputs = self._context.prepare(ready)
+        self._context.run()
+        return outputs
+
+    def _replay(self, given: list[torch.Tensor]) -> list[torch.Tensor]:
+        shapes = tuple(tuple(x.shape) for x in given)
+        graph = self._captured.get(shapes)
+        if graph is None:
+            if shapes not in self._seen:  # most shapes that come once do not come again
+                self._seen.add(shapes)
+                return self._run(given)
+            graph = self._captured[shapes] = self._capture(given)
+            if len(self._captured) > _GRAPHS:
+                self._captured.popitem(last=False)
+        self._captured.move_to_end(shapes)
+        for mine, x in zip(graph.inputs, given, strict=True):
+            mine.copy_(x, non_blocking=True)
+        graph.replay()
+        return [x.clone() for x in graph.outputs]  # the next replay overwrites its own
+
+    def _capture(self, given: list[torch.Tensor]) -> Graph:
+        """A graph has a context of its own: one that changes its shapes would move the memory under it."""
+        mine = [torch.empty(x.shape, dtype=x.dtype, device=self.device.device) for x in given]
+        for m, x in zip(mine, given, strict=True):
+            m.copy_(x)
+        context = self._new_context()
+        outputs = context.prepare(mine)
+        context.run()  # the first run of a shape may compile and allocate, which no graph takes
+        return Graph(context, mine, outputs, self.device.capture(context.run))
+
+
+def load_engine(path: Path, library: Library, manifest: Manifest | None) -> EngineRunner:
+    """Load a payload on the current CUDA device, with our plugins registered.
+
+    Args:
+        path: the payload; it may be deleted afterwards.
+        library: whose it is.
+        manifest: names its inputs and outputs in their order.
+
+    Raises:
+        PlanError: there is no GPU or no library, or the payload is not for them; says what is missing.
+    """
+    if manifest is None:
+        raise PlanError("a TensorRT payload is loaded with the manifest that it came with")
+    if library == "tensorrt_rtx":
+        head = read_head(path)  # says what is wrong with a file before any library sees it
+    if not torch.cuda.is_available():
+        raise PlanError(
+            "a TensorRT plan runs on an NVIDIA GPU, and torch finds none here: use a machine with one, its driver and "
+            "a CUDA build of torch, or build the plan with --target aoti for this CPU"
+        )
+    if library == "tensorrt_rtx":
+        major, minor = torch.cuda.get_device_capability()
+        if 10 * major + minor not in head.sms:
+            built = ", ".join(f"SM{sm}" for sm in head.sms)
+            raise PlanError(
+                f"the plan is for {built} and this GPU is SM{major}{minor}: build it with --sm {major}{minor}"
+            )
+    try:
+        trt = import_library(library)
+    except PlanmillError as error:
+        raise PlanError(str(error)) from error
+    register_creators(trt)
+    engine = trt.Runtime(trt.Logger(trt.Logger.WARNING)).deserialize_cuda_engine(path.read_bytes())
+    if engine is None:
+        raise PlanError(f"{library} {trt.__version__} does not take the plan: its log on standard error says why")
+    inputs, outputs = ([spec.name for spec in specs] for specs in (manifest.inputs, manifest.outputs))
+    return EngineRunner(engine, inputs, outputs, Device())
