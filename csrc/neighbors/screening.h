@@ -24,6 +24,8 @@ class Rows {
   int64_t width() const { return d_; }
   // Row i as float32; `scratch` [d] is used where the matrix is not float32.
   const float* get(int64_t i, float* scratch) const;
+  // Whether rows are float32 where they are, so that `get` needs no scratch.
+  bool stored() const { return type_ == at::kFloat; }
   // Asks the caches for row i.
   void fetch(int64_t i) const;
 
