@@ -3,7 +3,7 @@
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -11,7 +11,11 @@ from types import TracebackType
 import torch
 
 from planmill.engine.errors import PlanError
+from planmill.engine.plan import Plan
 from planmill.engine.session import Session
+
+Inputs = Sequence[torch.Tensor]
+Outputs = tuple[torch.Tensor, ...]
 
 
 class QueueFullError(PlanError):
@@ -20,19 +24,19 @@ class QueueFullError(PlanError):
 
 @dataclass
 class _Request:
-    inputs: Sequence[torch.Tensor]
+    inputs: Inputs
     rows: int
-    future: "Future[tuple[torch.Tensor, ...]]" = field(default_factory=Future)
+    future: "Future[Outputs]" = field(default_factory=Future)
     arrived: float = field(default_factory=time.monotonic)
 
 
-def find_batch(session: Session) -> tuple[str, int]:
+def find_batch(plan: Plan) -> tuple[str, int]:
     """The dynamic dimension that stands first in every input and output of a plan, and its largest size.
 
     Raises:
         PlanError: there is none.
     """
-    manifest = session.plan.manifest
+    manifest = plan.manifest
     specs = [*manifest.inputs, *manifest.outputs]
     name = str(specs[0].shape[0]) if specs[0].shape else ""
     odd = next(
@@ -40,8 +44,8 @@ def find_batch(session: Session) -> tuple[str, int]:
     )
     if odd is not None:
         raise PlanError(
-            f"{session.plan.path}: samples cannot share a call: {odd.name} is {odd}, and batching needs one dynamic "
-            "dimension that comes first in every input and output: build the plan with a range of batch sizes"
+            f"{plan.path}: samples cannot share a call: {odd.name} is {odd}, and batching needs one dynamic dimension "
+            "that comes first in every input and output: build the plan with a range of batch sizes"
         )
     return name, manifest.dynamic[name].maximum
 
@@ -66,7 +70,7 @@ class MicroBatcher:
     def __init__(
         self, session: Session, *, max_batch: int | None = None, max_wait_ms: float = 1.0, max_queue: int = 1024
     ) -> None:
-        _, largest = find_batch(session)
+        _, largest = find_batch(session.plan)
         if max_batch is not None and not 1 <= max_batch <= largest:
             raise PlanError(f"max_batch must be 1 to {largest}, the plan's largest, got {max_batch}")
         if not 0 <= max_wait_ms <= 60_000:
@@ -81,7 +85,7 @@ class MicroBatcher:
         self._thread = threading.Thread(target=self._work, name="planmill batches", daemon=True)
         self._thread.start()
 
-    def submit(self, *inputs: torch.Tensor) -> "Future[tuple[torch.Tensor, ...]]":
+    def submit(self, *inputs: torch.Tensor) -> "Future[Outputs]":
         """Ask for a run; the future gives the outputs, as a tuple, or the error.
 
         The inputs must not be changed before it is done.
@@ -146,11 +150,11 @@ class MicroBatcher:
 
     def _choose(self) -> tuple[list[_Request], bool]:
         """The oldest request and, in order, what fits beside it; and whether waiting could add nothing."""
-        first = _shapes(self._queue[0])
+        first = sample_shapes(self._queue[0].inputs)
         chosen: list[_Request] = []
         rows = 0
         for request in self._queue:
-            if _shapes(request) != first:
+            if sample_shapes(request.inputs) != first:
                 continue
             if rows + request.rows > self.max_batch:
                 return chosen, True
@@ -159,34 +163,60 @@ class MicroBatcher:
         return chosen, rows == self.max_batch
 
     def _serve(self, batch: list[_Request]) -> None:
-        if not batch:
-            return
-        try:
-            results = self._run(batch)
-        except Exception as error:
-            if len(batch) == 1:
-                batch[0].future.set_exception(error)
-                return
-            for request in batch:  # the error is of one request: alone, the others get their results
-                self._serve([request])
-            return
+        results = run_together(self.session, [request.inputs for request in batch])
         for request, outputs in zip(batch, results, strict=True):
-            request.future.set_result(outputs)
+            if isinstance(outputs, Exception):
+                request.future.set_exception(outputs)
+            else:
+                request.future.set_result(outputs)
 
-    def _run(self, batch: list[_Request]) -> list[tuple[torch.Tensor, ...]]:
-        if len(batch) == 1:
-            return [_as_tuple(self.session(*batch[0].inputs))]
-        columns = zip(*(request.inputs for request in batch), strict=True)
+
+def run_together(session: Session, requests: Sequence[Inputs]) -> list[Outputs | Exception]:
+    """One call of the session for requests of one shape, which together fit its plan.
+
+    Returns:
+        The outputs of each request, in memory of their own. Where the call fails each request is run alone, and those
+        that fail again get their error.
+    """
+    try:
+        if len(requests) == 1:
+            return [_as_tuple(session(*requests[0]))]
+        if not requests:
+            return []
         with torch.no_grad():
-            outputs = _as_tuple(self.session(*(torch.cat(column) for column in columns)))
-        rows = [request.rows for request in batch]
-        parts = [[part.clone() for part in output.split(rows)] for output in outputs]
-        return list(zip(*parts, strict=True))
+            outputs = _as_tuple(session(*(torch.cat(column) for column in zip(*requests, strict=True))))
+    except Exception as error:
+        if len(requests) == 1:
+            return [error]
+        return [result for request in requests for result in run_together(session, [request])]
+    rows = [inputs[0].shape[0] for inputs in requests]
+    parts = [[part.clone() for part in output.split(rows)] for output in outputs]
+    return list(zip(*parts, strict=True))
 
 
-def _shapes(request: _Request) -> list[torch.Size]:
-    return [x.shape[1:] for x in request.inputs]
+def plan_groups(requests: Mapping[int, Inputs], largest: int) -> list[list[int]]:
+    """Which requests share a call, by their keys: those of equal shapes, in order, with `largest` samples at most.
+
+    With `largest` 0 each request is a call of its own.
+    """
+    groups: list[list[int]] = []
+    last: dict[tuple[torch.Size, ...], tuple[list[int], int]] = {}
+    for key, inputs in requests.items():
+        rows = inputs[0].shape[0] if largest else 0
+        shapes = sample_shapes(inputs)
+        group, filled = last.get(shapes, ([], 0))
+        if not group or not largest or filled + rows > largest:
+            group, filled = [], 0
+            groups.append(group)
+        group.append(key)
+        last[shapes] = group, filled + rows
+    return groups
 
 
-def _as_tuple(outputs: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+def sample_shapes(inputs: Inputs) -> tuple[torch.Size, ...]:
+    """The shapes of one sample: requests for which they are equal can share a call."""
+    return tuple(x.shape[1:] for x in inputs)
+
+
+def _as_tuple(outputs: torch.Tensor | Outputs) -> Outputs:
     return outputs if isinstance(outputs, tuple) else (outputs,)

@@ -1,4 +1,4 @@
-"""The command line: `planmill build | run | inspect | bench | doctor | ops | info`. One module per command."""
+"""The command line: `planmill build | run | serve | inspect | bench | doctor | ...`. One module per command."""
 
 import sys
 
@@ -33,11 +33,13 @@ def _root(
 
 def _register() -> None:
     """Each command module stays light: it imports torch and the rest inside its function."""
-    from planmill.cli import bench, build, doctor, info, inspect, ops, run
+    from planmill.cli import bench, build, doctor, export_server, info, inspect, ops, run, serve
 
     app.command("build")(build.build)
     app.command("run")(run.run)
     app.command("info")(info.info)
+    app.command("serve")(serve.serve)
+    app.command("export-server")(export_server.export_server)
     app.command("inspect")(inspect.inspect)
     app.command("bench")(bench.bench)
     app.command("doctor")(doctor.doctor)

@@ -1,0 +1,1 @@
+"""A plan behind HTTP: `planmill serve`. Needs the extra `serve`."""

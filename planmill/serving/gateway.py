@@ -1,0 +1,177 @@
+"""The HTTP side: admission, limits, health and metrics. Nothing here knows Ray."""
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response as HttpResponse
+from starlette.routing import Route
+
+from planmill.serving.dispatch import Answer, Dispatcher, Limits
+from planmill.serving.payloads import JSON, REQUESTS, RESPONSES, BadRequestError
+from planmill.serving.worker import Response, refusal
+
+
+class Metrics:
+    """What /metrics shows."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        self.requests = Counter("planmill_requests", "Answers of /predict by status", ["status"], registry=registry)
+        self.seconds = Histogram(
+            "planmill_request_seconds",
+            "From a request's head to its answer",
+            buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 60),
+            registry=registry,
+        )
+        self.batches = Histogram(
+            "planmill_batch_requests", "Requests in a batch", buckets=(1, 2, 4, 8, 16, 32, 64, 128), registry=registry
+        )
+        self.pending = Gauge("planmill_pending_requests", "Requests read, waiting or running", registry=registry)
+        self.pending_bytes = Gauge("planmill_pending_bytes", "Bytes held for their bodies", registry=registry)
+        self.workers = Gauge("planmill_workers", "Workers that run", registry=registry)
+
+
+class Gateway:
+    """The routes, and the admission to the queue behind them.
+
+    Args:
+        answer: answers a batch of requests.
+        describe: what GET / shows.
+        count_workers: how many workers run; asked every second.
+        limits: see there.
+    """
+
+    def __init__(
+        self, answer: Answer, describe: dict[str, Any], count_workers: Callable[[], int], limits: Limits
+    ) -> None:
+        self._answer, self._describe, self._count_workers, self._limits = answer, describe, count_workers, limits
+        self.metrics = Metrics()
+        self._pending = self._pending_bytes = self._workers = 0
+        self._dispatcher: Dispatcher | None = None
+        self.app = Starlette(
+            routes=[
+                Route("/predict", self._predict, methods=["POST"]),
+                Route("/health", self._health),
+                Route("/metrics", self._show_metrics),
+                Route("/", self._show_plan),
+            ],
+            lifespan=self._lifespan,
+            exception_handlers={HTTPException: _say},
+        )
+
+    @contextlib.asynccontextmanager
+    async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
+        self._dispatcher = Dispatcher(self._answer, self._limits, self.metrics.batches.observe)
+        watch = asyncio.create_task(self._watch())
+        yield
+        watch.cancel()
+        await self._dispatcher.close()
+
+    async def _watch(self) -> None:
+        while True:
+            with contextlib.suppress(Exception):  # asked again in a second
+                self._workers = await asyncio.to_thread(self._count_workers)
+            self.metrics.workers.set(self._workers)
+            await asyncio.sleep(1)
+
+    async def _predict(self, request: HttpRequest) -> HttpResponse:
+        started = time.perf_counter()
+        try:
+            kind, wanted, size = self._read_head(request)
+            status, media, content = await self._admit(request, kind, wanted, size)
+        except BadRequestError as error:
+            status, media, content = refusal(error.status, error.message)
+        self.metrics.requests.labels(str(status)).inc()
+        self.metrics.seconds.observe(time.perf_counter() - started)
+        headers = {"Retry-After": "1"} if status in (429, 503) else {}
+        if status in (408, 413, 429):
+            headers["Connection"] = "close"  # the rest of the body is not read
+        return HttpResponse(content, status, headers, media)
+
+    def _read_head(self, request: HttpRequest) -> tuple[str, str, int]:
+        """Content type, type of the answer, and the bytes to hold for the body."""
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind not in REQUESTS:
+            raise BadRequestError(415, f"the content type must be one of {', '.join(REQUESTS)}")
+        length = request.headers.get("content-length", "")
+        size = int(length) if length.isdecimal() else self._limits.max_body
+        if size > self._limits.max_body:
+            raise BadRequestError(413, f"the body has {size} bytes; at most {self._limits.max_body} are read")
+        return kind, _choose_answer(request.headers.get("accept", "")), size
+
+    async def _admit(self, request: HttpRequest, kind: str, wanted: str, size: int) -> Response:
+        limits = self._limits
+        full = self._pending >= limits.max_pending or self._pending_bytes + size > limits.max_pending_bytes
+        if full:
+            raise BadRequestError(429, f"{self._pending} requests wait already: try again later")
+        assert self._dispatcher is not None
+        self._hold(1, size)
+        try:
+            body = await self._read_body(request)
+            return await self._dispatcher.submit((body, kind, wanted))
+        finally:
+            self._hold(-1, -size)
+
+    def _hold(self, requests: int, size: int) -> None:
+        self._pending += requests
+        self._pending_bytes += size
+        self.metrics.pending.set(self._pending)
+        self.metrics.pending_bytes.set(self._pending_bytes)
+
+    async def _read_body(self, request: HttpRequest) -> bytes:
+        parts, size = [], 0
+        try:
+            async with asyncio.timeout(self._limits.timeout_s):
+                async for part in request.stream():
+                    size += len(part)
+                    if size > self._limits.max_body:
+                        raise BadRequestError(413, f"the body is longer than {self._limits.max_body} bytes")
+                    parts.append(part)
+        except TimeoutError:
+            raise BadRequestError(408, f"the body did not arrive within {self._limits.timeout_s:g} s") from None
+        except ClientDisconnect:
+            raise BadRequestError(400, "the body was cut short") from None
+        return b"".join(parts)
+
+    async def _health(self, request: HttpRequest) -> HttpResponse:
+        if self._workers:
+            return _json(200, {"status": "ok", "workers": self._workers})
+        return _json(503, {"status": "no worker runs", "workers": 0})
+
+    async def _show_metrics(self, request: HttpRequest) -> HttpResponse:
+        return HttpResponse(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    async def _show_plan(self, request: HttpRequest) -> HttpResponse:
+        return _json(200, self._describe)
+
+
+def _choose_answer(accept: str) -> str:
+    """The first type of an Accept header that there is; JSON where the sender does not mind."""
+    wanted = [part.partition(";")[0].strip().lower() for part in accept.split(",") if part.strip()]
+    for kind in wanted:
+        if kind in RESPONSES:
+            return kind
+        if kind in ("*/*", "application/*"):
+            return JSON
+    if wanted:
+        raise BadRequestError(406, f"the answer is one of {', '.join(RESPONSES)}")
+    return JSON
+
+
+async def _say(request: HttpRequest, error: Exception) -> HttpResponse:
+    assert isinstance(error, HTTPException)
+    return _json(error.status_code, {"error": f"{request.method} {request.url.path}: {error.detail}"}, error.headers)
+
+
+def _json(status: int, content: Any, headers: Any = None) -> HttpResponse:
+    return HttpResponse(json.dumps(content), status, headers, JSON)
