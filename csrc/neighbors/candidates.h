@@ -17,9 +17,9 @@ class Candidates {
   bool started() const { return threshold_ > kLowest; }
   bool abandoned() const { return abandoned_; }
   // A first threshold from the largest lower bounds of disjoint groups of rows: the k-th largest of them has k rows at or
-  // above it. One row more where the query itself may be among them. Overwrites `bounds`.
-  void start(float* bounds, int64_t groups, bool holds_self) {
-    const auto k = static_cast<int64_t>(k_) + holds_self;
+  // above it; `more` rows more where that many of them may not count. Overwrites `bounds`.
+  void start(float* bounds, int64_t groups, int64_t more) {
+    const auto k = static_cast<int64_t>(k_) + more;
     if (groups < k) return;
     std::nth_element(bounds, bounds + k - 1, bounds + groups, std::greater<>());
     threshold_ = std::max(threshold_, bounds[k - 1]);

@@ -25,11 +25,11 @@ struct Screening {
 };
 
 // Left rows [slot, slot + count) against at most kListedColumns right rows from `right_slot` on, into `lists`, as rows
-// `first_row` + slot. `keep(r, row)` says whether a pair counts at all; `holds_self`: one pair of a left row may not. A list is a Candidates or has its
-// interface.
+// `first_row` + slot. `keep(r, row)` says whether a pair counts at all; of a left row, at most `strangers` do not. A list is
+// a Candidates or has its interface.
 template <class List, class Keep>
 void list_candidates(const Screening& s, int64_t slot, int64_t count, int64_t right_slot, int64_t columns,
-                     int64_t first_row, bool bounded, bool holds_self, List* lists, Workspace& w, Keep keep) {
+                     int64_t first_row, bool bounded, int64_t strangers, List* lists, Workspace& w, Keep keep) {
   const StatsView own = s.left.stats(slot), others = s.right.stats(right_slot);
   const int64_t ld = s.right.padded(columns);
   w.products.resize(static_cast<size_t>(s.left.padded(count) * ld));
@@ -44,7 +44,7 @@ void list_candidates(const Screening& s, int64_t slot, int64_t count, int64_t ri
     float* products = w.products.data() + r * ld;
     if (!lists[r].started())
       lists[r].start(w.low_left.data(), s.kernels.group_bounds(products, ld, stats, others, bounded, w.low_left.data()),
-                     holds_self);
+                     strangers);
     const int64_t listed = s.kernels.list_above(products, ld, stats, others, bounded, lists[r].threshold(), w.found.data(),
                                                 w.low_left.data(), w.low_right.data());
     for (int64_t j = 0; j < listed; ++j) {

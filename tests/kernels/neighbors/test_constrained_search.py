@@ -17,12 +17,18 @@ def places(n: int, axes: int, seed: int = 0) -> torch.Tensor:
     return torch.rand(n, axes, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def by_hand(q: torch.Tensor, x: torch.Tensor, allowed: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+def by_hand(
+    q: torch.Tensor, x: torch.Tensor, allowed: torch.Tensor, k: int, metric: str = "l2"
+) -> tuple[torch.Tensor, torch.Tensor]:
     """All pairs in float64, those that are not allowed at infinity, a stable sort."""
-    distance = (q.double()[:, None] - x.double()[None]).square().sum(2).sqrt()
-    distance = torch.where(allowed, distance, torch.inf)
-    values, order = distance.sort(dim=1, stable=True)
-    return values[:, :k], torch.where(values[:, :k] == torch.inf, -1, order[:, :k])
+    if metric == "dot":
+        distance = -(q.double() @ x.double().T)
+    else:
+        square = (q.double()[:, None] - x.double()[None]).square().sum(2)
+        distance = square if metric == "l2sq" else square.sqrt()
+    values, order = torch.where(allowed, distance, torch.inf).sort(dim=1, stable=True)
+    order = torch.where(values == torch.inf, -1, order)[:, :k]
+    return -values[:, :k] if metric == "dot" else values[:, :k], order
 
 
 def close(got: tuple[torch.Tensor, torch.Tensor], want: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -92,6 +98,30 @@ def test_an_index_in_half_precision_keeps_its_positions() -> None:
     got = index(x[:9].bfloat16(), 1, positions=others[:9])
     assert torch.equal(got[1][:, 0], torch.arange(9, dtype=torch.int32))
     assert index.positions.dtype == torch.float64
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_pairs_that_are_screened_give_the_bits_of_pairs_that_are_compared() -> None:
+    """Queries that share their cells and are near most of their rows are screened together; one alone is not."""
+    q, x, own, others = normal(70, 64), normal(2500, 64, seed=1), places(70, 2, 2), places(2500, 2, 3)
+    x[7, 3], q[5, 1] = torch.nan, torch.inf
+    for metric in ("l2", "cosine", "dot"):
+        index = GridIndex(x, positions=others, radius=0.8, metric=metric)
+        whole = index(q, 6, positions=own)
+        for i in range(0, 70, 5):
+            alone = index(q[i : i + 1], 6, positions=own[i : i + 1])
+            assert torch.equal(alone[0], whole[0][i : i + 1])
+            assert torch.equal(alone[1], whole[1][i : i + 1])
+    assert int((whole[1][5] >= 0).sum()) == 0
+
+
+def test_a_row_too_long_for_the_screen_is_still_found() -> None:
+    x, own = normal(3000, 16), places(3000, 2)
+    x[3] = 1e25
+    index = GridIndex(x, positions=own, radius=2)
+    values, found = index(torch.cat([normal(40, 16, seed=1), x[3:4] * 0.9]), 2, positions=own[:41])
+    assert found[40, 0] == 3
+    torch.testing.assert_close(values[40, 0].double(), (x[3].double() * 0.1).norm(), rtol=1e-5, atol=0)
 
 
 def test_rows_at_exactly_the_radius_match_however_the_cells_fall() -> None:
@@ -164,10 +194,11 @@ def test_random_inputs() -> None:
             allowed &= mine[:, None] == theirs[None]
             given |= {"query_segments": mine, "segments": theirs}
         print(f"seed {seed}: {n} {m} {d} {axes} {k} {radius}")  # shown by pytest where the comparison fails
-        got = find_constrained_neighbors(q, x, k, "l2sq", **given)
-        want = by_hand(q, x, allowed, k)
+        metric = pick("l2sq", "dot")
+        got = find_constrained_neighbors(q, x, k, metric, **given)
+        want = by_hand(q, x, allowed, k, metric)
         found = want[0].shape[1]
-        torch.testing.assert_close(got[0][:, :found].double(), want[0].square(), atol=0, rtol=1e-6)
+        torch.testing.assert_close(got[0][:, :found].double(), want[0], atol=0, rtol=1e-6)
         assert torch.equal(got[1][:, :found].long(), want[1])
         assert bool((got[1][:, found:] == -1).all())
 
