@@ -18,10 +18,10 @@ import torch
 
 from planmill.engine.capture import Captured, custom_overloads, quiet_copies
 from planmill.engine.errors import PlanError, first_line
-from planmill.engine.onnx_ops import encode, translation
+from planmill.engine.onnx_ops import translation
 from planmill.engine.portable import lower
 from planmill.engine.targets import Plugins
-from planmill.kernels.common.spec import NAMESPACE, REGISTRY, OpSpec
+from planmill.kernels.common.spec import NAMESPACE, REGISTRY
 
 OPSET = 20
 _FILE = "model.onnx"
@@ -63,8 +63,6 @@ def export_onnx(captured: Captured, folder: Path, *, plugins: Plugins, largest: 
     ours = {op: REGISTRY[op._schema.name.partition("::")[2]] for op in own_overloads(captured)}
     if plugins == "none":
         captured, ours = lower(captured, ours.values()), {}
-    else:
-        _check_attributes(captured, ours)
     with _quiet(), torch.no_grad():
         try:
             made = torch.onnx.export(
@@ -87,20 +85,6 @@ def export_onnx(captured: Captured, folder: Path, *, plugins: Plugins, largest: 
 def own_overloads(captured: Captured) -> list[torch._ops.OpOverload]:
     """Ops of ours in a program, in the order of their names."""
     return sorted((op for op in custom_overloads(captured.program) if op.namespace == NAMESPACE), key=str)
-
-
-def _check_attributes(captured: Captured, ours: dict[torch._ops.OpOverload, OpSpec]) -> None:
-    for module in captured.program.graph_module.modules():
-        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
-            spec = ours.get(node.target)
-            if spec is None:
-                continue
-            for argument, value in zip(spec.parsed.arguments, node.args, strict=False):
-                if (kind := str(argument.type)) != "Tensor":
-                    try:
-                        encode(argument.name, kind, value)
-                    except PlanError as error:
-                        raise PlanError(f"op {NAMESPACE}::{spec.name}: {error}") from error
 
 
 def _reason(error: BaseException) -> str:

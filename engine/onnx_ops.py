@@ -37,6 +37,7 @@ _KINDS = {
     "bool": OpSchema.AttrType.INT,
     "str": OpSchema.AttrType.STRING,
 }
+_LARGEST, _SMALLEST = float(numpy.finfo(numpy.float32).max), float(numpy.finfo(numpy.float32).smallest_subnormal)
 _FREE = (960, 1920)  # two sizes to stand for an unknown one: what differs between them depends on it
 
 
@@ -44,20 +45,13 @@ def encode(name: str, kind: str, value: Any) -> int | float | str:
     """An argument as an attribute.
 
     Raises:
-        PlanError: a size that is not fixed, or a number that an attribute cannot hold.
+        PlanError: a number that a float32 cannot hold.
     """
-    if not isinstance(value, (bool, int, float, str)):
-        raise PlanError(
-            f"argument {name} depends on a dynamic dimension, and an attribute of ONNX is fixed: fix that size, or "
-            "build with plugins none"
-        )
-    if kind in ("int", "bool"):
-        return int(value)
-    if kind == "float" and isinstance(value, (int, float)):
-        if math.isfinite(value) and (abs(value) > 3.4e38 or 0 < abs(value) < 1e-44):
+    if kind == "float":
+        if math.isfinite(value) and (abs(value) > _LARGEST or 0 < abs(value) < _SMALLEST):
             raise PlanError(f"argument {name} = {value} does not fit a float32, which an attribute of ONNX is")
         return float(value)
-    return str(value)
+    return str(value) if kind == "str" else int(value)
 
 
 def decode_float(value: float) -> float:

@@ -31,35 +31,52 @@ def lower(captured: Captured, specs: Iterable[OpSpec]) -> Captured:
     Raises:
         PlanError: an op that has no form in standard operators; names it and says why.
     """
+    symbols = _symbols(captured)
     table = {}
     for spec in specs:
         if spec.no_portable:
             raise PlanError(f"op {NAMESPACE}::{spec.name} has no form without plugins: {spec.no_portable}: {_WAY_OUT}")
-        table[spec.op] = _traced(spec)
+        table[spec.op] = _traced(spec, symbols)
     if not table:
         return captured
-    with quiet_copies(), torch.no_grad():
-        program = captured.program.run_decompositions(table)
+    try:
+        with quiet_copies(), torch.no_grad():
+            program = captured.program.run_decompositions(table)
+    except AssertionError as error:  # how torch says that a definition writes into a tensor
+        names = ", ".join(f"{NAMESPACE}::{op._opname}" for op in table)
+        raise PlanError(f"one of {names} cannot become standard operators: {first_line(error)}: {_WAY_OUT}") from error
     return replace(captured, program=program)
 
 
-def _traced(spec: OpSpec) -> Callable[..., Any]:
+def _symbols(captured: Captured) -> dict[str, str]:
+    """torch's symbol of each dynamic dimension -> the dimension's name."""
+    values = {node.name: node.meta["val"] for node in captured.program.graph.nodes if "val" in node.meta}
+    inputs = [values[name] for name in captured.program.graph_signature.user_inputs if isinstance(name, str)]
+    return {
+        str(size.node.expr): name
+        for spec, value in zip(captured.inputs, inputs, strict=True)
+        for name, size in zip(spec.shape, value.shape, strict=True)
+        if isinstance(size, torch.SymInt) and name in captured.dynamic
+    }
+
+
+def _traced(spec: OpSpec, symbols: dict[str, str]) -> Callable[..., Any]:
     """The definition as torch's decompositions call it; a reason not to trace it becomes one PlanError."""
     definition = spec.load(spec.portable) if spec.portable else spec.reference
 
     def decompose(*args: Any, **kwargs: Any) -> Any:
-        sizes = [
-            size for a in args if isinstance(a, torch.Tensor) for size in a.shape if isinstance(size, torch.SymInt)
-        ]
+        every: list[Any] = [size for a in args if isinstance(a, torch.Tensor) for size in a.shape]
+        sizes = [(size, str(size.node.expr)) for size in every if isinstance(size, torch.SymInt)]
         try:
             with _SinglePrecision():
                 found = definition(*args, **kwargs)
-            if any(is_concrete_int(size) for size in sizes):
-                raise NotImplementedError("its definition fixes a dynamic dimension to one size")
+            for size, symbol in sizes:
+                if symbol in symbols and is_concrete_int(size):
+                    raise NotImplementedError(f"its definition fixes {symbols[symbol]} to one size")
             return found
         except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
             raise PlanError(
-                f"op {NAMESPACE}::{spec.name} cannot be lowered to standard operators: {first_line(error)}: {_WAY_OUT}"
+                f"op {NAMESPACE}::{spec.name} cannot become standard operators: {first_line(error)}: {_WAY_OUT}"
             ) from error
 
     return decompose

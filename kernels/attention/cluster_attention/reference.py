@@ -23,7 +23,7 @@ def cluster_attention_reference(
     i, j = q_members.long(), k_members.long()  # original indices, [B, H, C, w] and [B, H, C, w']
     K = F.normalize(k.double(), dim=-1) if shared_qk else k.double()
     K, V = (
-        torch.cat([m.double().expand(len(q), -1, -1, -1, -1), taken(X, j)], 3)
+        torch.cat([m.double().expand(q.shape[0], -1, -1, -1, -1), taken(X, j)], 3)
         for m, X in ((memory_k, K), (memory_v, v.double()))
     )
     S = (scale * taken(q.double(), i) @ K.mT).clamp(-LARGEST, LARGEST)  # [B, H, C, w, m + w']

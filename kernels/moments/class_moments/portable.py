@@ -1,4 +1,4 @@
-"""Sums over classes as products with the one-hot labels."""
+"""Sums over classes by scattering, whatever the labels are: a row without a class adds to one that is dropped."""
 
 import torch
 
@@ -7,10 +7,11 @@ def class_moments_portable(
     features: torch.Tensor, labels: torch.Tensor, classes: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See the reference; in float32."""
-    hot = (labels[:, None] == torch.arange(classes, dtype=labels.dtype, device=labels.device)).float()  # [N, K]
-    labelled = hot.sum(1, keepdim=True) > 0
-    x = torch.where(labelled, features.float(), 0.0)
-    count = hot.sum(0)
-    mean = (hot.T @ x) / count.clamp_min(1)[:, None]
-    z = torch.where(labelled, x - hot @ mean, 0.0)
-    return mean, z.T @ z, count.int()
+    labelled = (labels >= 0) & (labels < classes)
+    y = torch.where(labelled, labels, classes).long()
+    x = torch.where(labelled[:, None], features.float(), 0.0)
+    at = y[:, None].expand_as(x)
+    count = x.new_zeros(classes + 1).scatter_add(0, y, labelled.float())
+    mean = x.new_zeros(classes + 1, x.shape[1]).scatter_add(0, at, x) / count.clamp_min(1)[:, None]
+    z = torch.where(labelled[:, None], x - mean[y], 0.0)
+    return mean[:-1], z.T @ z, count[:-1].int()

@@ -11,5 +11,6 @@ def bank_score_portable(
 ) -> torch.Tensor:
     """See the reference; in float32."""
     z = features.float()
-    a = patch_to_images(z, bank.float(), nearby(z.shape[1], radius, width, z.device))
+    near = nearby(z.shape[1], radius, width, z.device) if radius >= 0 else z.new_ones((), dtype=torch.bool)
+    a = patch_to_images(z, bank.float(), near)
     return mean_between(a, low, high, bank.shape[0])

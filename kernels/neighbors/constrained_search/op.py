@@ -39,6 +39,7 @@ SPEC = OpSpec(
         ((queries.shape[0], k), torch.int32),
     ],
     reference=constrained_search_reference,
+    portable="portable:constrained_search_portable",
     cases=cases,
     compare=compare,
     backward=backward,

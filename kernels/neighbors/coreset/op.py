@@ -13,6 +13,7 @@ SPEC = OpSpec(
     schema="coreset(Tensor features, Tensor distances, int count, int start) -> Tensor",
     outputs=lambda features, distances, count, start: [((count,), torch.int32)],
     reference=coreset_reference,
+    no_portable="it chooses the rows that a memory bank keeps, before there is a plan",
     cases=cases,
     compare=compare,
     cpu="C++",

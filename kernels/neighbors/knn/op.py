@@ -50,6 +50,7 @@ SPEC = OpSpec(
         ((queries.shape[0], k), torch.int32),
     ],
     reference=knn_reference,
+    portable="portable:knn_portable",
     cases=cases,
     compare=compare,
     backward=backward,

@@ -25,10 +25,7 @@ def mutual_matching_reference(
     z_a, z_b = fuse(a, a2, weight, weight2), fuse(b, b2, weight, weight2)
     usable = ~z_a.isnan().any(2)[:, :, None] & ~z_b.isnan().any(2)[:, None]
     s = torch.where(usable, z_a.nan_to_num() @ z_b.nan_to_num().mT, -torch.inf)  # S [B, n, m]
-    floor = s.new_full(
-        (s.shape[0], s.shape[1] + 1, s.shape[2] + 1), -torch.inf
-    )  # a row and a column that nothing beats
-    floor[:, :-1, :-1] = s
+    floor = torch.nn.functional.pad(s, (0, 1, 0, 1), value=-torch.inf)  # a row and a column that nothing beats
     lowest = 2.0 * (weight**2 + (weight2**2 if a2.shape[-1] else 0.0))
     found, distances = [], []
     for matrix in (floor[:, :-1], floor.mT[:, :-1]):

@@ -7,6 +7,7 @@ from fractions import Fraction
 
 import torch
 
+from planmill.kernels.neighbors.knn.portable import scale_of
 from planmill.kernels.neighbors.mutual_score.reference import interval, nearby
 
 BITS = 30  # of a fraction of a count
@@ -18,12 +19,14 @@ def patch_to_images(z: torch.Tensor, others: torch.Tensor, near: torch.Tensor) -
     count, patches, channels = others.shape
     valid = z.isfinite().all(2)[:, None, :, None] & others.isfinite().all(2)[None, :, None] & near
     z, others = (torch.where(t.isfinite(), t, 0) for t in (z, others))
+    scale = scale_of(z, others)
+    z, others = z / scale, others / scale
     mean = others.mean((0, 1))  # products of centred patches cancel less
     a, b = z - mean, others - mean
     squares = b.square().sum(2)[None, :, None] - 2 * a[:, None] @ b.mT[None]  # + |a|^2, which changes no order
     best = torch.where(valid, squares, torch.inf).argmin(3)  # [N, M, P]
     row = best + patches * torch.arange(count, device=z.device)[:, None]
-    distance = (z[:, None] - others.reshape(count * patches, channels)[row]).square().sum(3).sqrt()
+    distance = (z[:, None] - others.reshape(count * patches, channels)[row]).square().sum(3).sqrt() * scale
     return torch.where(valid.any(3), distance, torch.inf)
 
 

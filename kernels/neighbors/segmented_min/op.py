@@ -25,6 +25,7 @@ SPEC = OpSpec(
         ((queries.shape[0], offsets.shape[0] - 1), torch.int32),
     ],
     reference=segmented_min_reference,
+    portable="portable:segmented_min_portable",
     cases=cases,
     compare=compare,
     backward=backward,

@@ -22,7 +22,9 @@ def weigh(
         a = share(x).gather(1, idx).masked_fill(~real, 0)
         return a / (a.sum(1, keepdim=True) + eps) if renormalize else a
     s = torch.nn.functional.logsigmoid(s)  # a / (sum a + eps) in logarithms: far below zero proportions stay
-    return share(torch.cat([s, s.new_full((len(s), 1), eps).log()], 1))[:, : idx.shape[1]] if renormalize else s.exp()
+    return (
+        share(torch.cat([s, s.new_full((s.shape[0], 1), eps).log()], 1))[:, : idx.shape[1]] if renormalize else s.exp()
+    )
 
 
 def token_routing_reference(
@@ -52,11 +54,11 @@ def within_capacity(
     idx: torch.Tensor, a: torch.Tensor, experts: int, capacity: int, group: int, priority: str
 ) -> torch.Tensor:
     """Whether each assignment [T, k] is among the first `capacity` of its expert in its group of tokens."""
-    tokens = torch.arange(len(idx), device=idx.device)
+    tokens = torch.arange(idx.shape[0], device=idx.device)
     if priority == "score":
         tokens = a.nan_to_num(nan=NOTHING).amax(1).argsort(descending=True, stable=True)
     key = tokens // group * experts + idx[tokens].T if group else idx[tokens].T  # all first choices before any second
     ranked, back = key.flatten().sort(stable=True)
-    place = torch.arange(len(ranked), device=idx.device) - torch.searchsorted(ranked, ranked)
+    place = torch.arange(ranked.shape[0], device=idx.device) - torch.searchsorted(ranked, ranked)
     keep = torch.empty_like(back, dtype=torch.bool).scatter(0, back, place < capacity)
     return torch.empty_like(idx, dtype=torch.bool).index_copy(0, tokens, keep.view(idx.shape[1], -1).T)
