@@ -5,7 +5,7 @@ import copy
 import inspect
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import sympy
@@ -77,6 +77,7 @@ class Captured:
         examples: the inputs that it was captured with, contiguous, at the optimal sizes.
         ops: custom ops in the graph, "namespace::name".
         layout: "channels_last" where convolutions do most of the arithmetic.
+        rewrites: the passes of planmill.engine.rewrites that changed the program since.
     """
 
     program: ExportedProgram
@@ -87,6 +88,7 @@ class Captured:
     examples: tuple[torch.Tensor, ...]
     ops: list[str]
     layout: Layout
+    rewrites: list[str] = field(default_factory=list)
 
 
 class Boundary(torch.nn.Module):

@@ -163,6 +163,7 @@ class Manifest(_Record):
     outputs: Annotated[list[TensorSpec], Field(min_length=1)]
     dynamic: dict[str, DimRange]
     ops: list[str]
+    rewrites: list[str] = []
     versions: Versions
     platform: Platform
     payloads: Annotated[list[Payload], Field(min_length=1)]

@@ -27,6 +27,7 @@ from planmill.engine.manifest import (
     Tolerance,
 )
 from planmill.engine.plan import Plan, check_destination, describe_payload, write_plan
+from planmill.engine.rewrites import rewrite as rewrite_program
 from planmill.engine.swap import accelerate as swap_blocks
 from planmill.engine.targets import Built, Options, Plugins, Runner, Target, find_target
 from planmill.engine.verify import TOLERANCES, Sampler, verify
@@ -49,6 +50,7 @@ def build(
     tolerance: Tolerance | None = None,
     sample: Sampler | None = None,
     accelerate: bool = False,
+    rewrite: bool = True,
     progress: Progress = lambda stage, fraction: None,
 ) -> Plan:
     """Turn a model into a plan file, and prove on the way that the plan computes what the model computes.
@@ -71,6 +73,7 @@ def build(
         sample: `sample(sizes, generator) -> inputs` in place of random ones, for a model that takes only some values.
         accelerate: build from the twin of the model whose known third-party blocks are Planmill's layers (see
             `planmill.engine.accelerate`); the plan is still verified against the model as it was given.
+        rewrite: apply the exact rewrites of planmill.engine.rewrites; the manifest names those that fired.
         progress: `progress(stage, fraction)`, called as the stages "capture", "compile", "verify", "write" advance.
 
     Returns:
@@ -87,6 +90,7 @@ def build(
     kept = _plain_json(metadata or {})
     progress("capture", 0.0)
     captured = _capture(model, accelerate, example_inputs, dynamic, precision, output_names)
+    captured = rewrite_program(captured) if rewrite else captured
     with tempfile.TemporaryDirectory(prefix="planmill-") as folder:
         progress("compile", 0.0)
         built = module.compile_program(captured, Path(folder), options)
@@ -178,6 +182,7 @@ def _manifest(
         outputs=captured.outputs,
         dynamic=captured.dynamic,
         ops=captured.ops,
+        rewrites=captured.rewrites,
         versions=these_versions(),
         platform=this_machine(),
         payloads=[payload],

@@ -117,7 +117,7 @@ class SimpleNetHead(nn.Module):
         deep = F.interpolate(self.stencil3(layer3), size=(h, w), mode="bilinear")
         patches = torch.cat([self.stencil2(layer2), deep], dim=1).permute(0, 2, 3, 1).reshape(b * h * w, -1)
         scores = -self.discriminator(self.pre_projection(patches)).view(b, h, w)
-        return Detection(scores.amax((1, 2)), self.rows @ scores @ self.columns.T)
+        return Detection(scores.amax((1, 2)), self.rows @ scores @ self.columns.transpose(0, 1))
 
 
 def resize_and_blur(size: int, target: int, deviation: float = 4.0) -> torch.Tensor:

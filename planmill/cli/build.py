@@ -62,6 +62,10 @@ def build(
     accelerate: Annotated[
         bool, typer.Option("--accelerate", help="Replace known blocks (transformers' MoE) by Planmill's layers first.")
     ] = False,
+    rewrite: Annotated[
+        bool,
+        typer.Option("--rewrite/--no-rewrite", help="Fold and merge what is exact: norms, linear layers, resizing."),
+    ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
 ) -> None:
     """Mill a model into a plan, and prove that the plan computes what the model computes."""
@@ -98,6 +102,7 @@ def build(
             dynamic=None if static else engine.DynamicDim("batch", *sizes),
             tolerance=tolerance,
             accelerate=accelerate,
+            rewrite=rewrite,
             progress=advance,
         )
     if as_json:

@@ -40,6 +40,7 @@ def describe(plan: "Plan", console: Console) -> None:
         *(("output", f"{spec.name}: {spec}") for spec in m.outputs),
         *(("dynamic", f"{name}: {d.minimum} to {d.maximum}, tuned for {d.optimum}") for name, d in m.dynamic.items()),
         ("custom ops", ", ".join(m.ops) or "none"),
+        ("rewrites", ", ".join(m.rewrites) or "none"),
         ("versions", ", ".join(f"{k} {v}" for k, v in m.versions.model_dump().items() if v)),
         ("platform", f"{m.platform.system} {m.platform.machine}: {' '.join(m.platform.isa)}"),
         *(("payload", f"{p.name}, {p.size / 2**20:.1f} MiB, sha256 {p.sha256[:16]}...") for p in m.payloads),

@@ -1,0 +1,90 @@
+"""Exact inference-time rewrites of a captured program: each pass is a file, and each says what equation it uses.
+
+What a pass folds is computed in float64 from the parameters as they were given and rounded once. A pass fires only
+where its equation holds whatever the input is; the plan is still verified against the model as it was given.
+"""
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch.export import Dim
+
+from planmill.engine.capture import Captured, quiet_copies
+from planmill.engine.errors import PlanError, first_line
+from planmill.engine.rewrites.graph import Program
+
+# Every pass, in the order in which they run, again and again until none fires.
+PASSES = (
+    "affine_into_output",
+    "linear_into_linear",
+    "normalization_into_input",
+    "upsample_last",
+    "one_upsample",
+    "shared_convolution",
+)
+DEFAULT = PASSES
+_ROUNDS = 8
+
+
+def rewrite(captured: Captured, passes: Sequence[str] = DEFAULT) -> Captured:
+    """Apply passes to a captured program.
+
+    Args:
+        captured: the model; its reference stays the model as it was given.
+        passes: names out of PASSES.
+
+    Returns:
+        The same model with another program, and in `rewrites` the passes that fired; `captured` itself where none does.
+
+    Raises:
+        PlanError: an unknown pass, or a program that can no longer be exported.
+    """
+    unknown = sorted(set(passes) - set(PASSES))
+    if unknown:
+        raise PlanError(f"no rewrite named {unknown[0]!r}; there are {', '.join(PASSES)}")
+    program = Program(_editable(captured), captured.reference)
+    fired: list[str] = []
+    for _ in range(_ROUNDS):
+        again = [name for name in PASSES if name in passes and _apply(name, program)]
+        fired += [name for name in again if name not in fired]
+        if not again:
+            break
+    if not fired:
+        return captured
+    program.module.recompile()
+    return replace(captured, program=_exported(captured, program), rewrites=fired)
+
+
+def _apply(name: str, program: Program) -> int:
+    return importlib.import_module(f"{__name__}.{name}").apply(program)
+
+
+def _editable(captured: Captured) -> torch.fx.GraphModule:
+    """The program with parameters as attributes, in functional form: nothing writes into what a pattern has seen."""
+    program = captured.program
+    with quiet_copies(), torch.no_grad():
+        if any(_writes(node) for node in program.graph.nodes):
+            program = program.run_decompositions({})
+        return program.module(check_guards=False)
+
+
+def _writes(node: torch.fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable and node.target is not torch.ops.aten.detach_.default
+
+
+def _exported(captured: Captured, program: Program) -> torch.export.ExportedProgram:
+    dims = {name: Dim(name, min=d.minimum, max=d.maximum) for name, d in captured.dynamic.items()}
+    shapes = tuple(
+        {index: dims[size] for index, size in enumerate(spec.shape) if isinstance(size, str)}
+        for spec in captured.inputs
+    )
+    try:
+        with torch.no_grad(), quiet_copies():
+            return torch.export.export(program.module, captured.examples, dynamic_shapes=shapes, strict=False)
+    except (RuntimeError, ValueError) as error:
+        raise PlanError(
+            f"the rewritten program cannot be exported: {first_line(error)}: build without rewrites (--no-rewrite)"
+        ) from error
