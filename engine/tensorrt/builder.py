@@ -180,7 +180,7 @@ def _logger(trt: Any) -> Any:
 
         def log(self, severity: Any, message: str) -> None:
             if severity.value <= trt.ILogger.Severity.WARNING.value:
-                print(f"[{severity.name[0]}] {message}", file=sys.stderr, flush=True)
+                print(f"[{severity.name[0]}] {' '.join(message.split())}", file=sys.stderr, flush=True)
 
     return Logger()
 

@@ -13,6 +13,7 @@ from planmill.engine.plugins import DTYPES, plugin_name
 from planmill.engine.targets import Built, Options
 from planmill.engine.tensorrt.builder import Job, Library
 from planmill.engine.tensorrt.head import read_head
+from planmill.engine.tensorrt.loops import keep_casts_outside
 from planmill.engine.tensorrt.process import Builder, start_builder
 
 PAYLOAD = "tensorrt.engine"
@@ -29,6 +30,7 @@ def compile_captured(captured: Captured, folder: Path, options: Options, library
     check_dtypes(captured)
     with start_builder(folder) as builder:
         model = export_onnx(captured, folder, plugins=options.plugins)
+        keep_casts_outside(model.path)
         return build_onnx(builder, model, captured.inputs, captured.dynamic, options, library)
 
 

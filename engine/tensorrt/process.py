@@ -17,22 +17,23 @@ from planmill.engine.tensorrt.builder import Job, Report
 _LOG = "builder.log"
 _LINES = 6  # of the log that an error quotes
 _MEMORY = re.compile(r"out of memory|OutOfMemory|bad_alloc|Cannot allocate|MemoryError|length_error", re.IGNORECASE)
-_UNSUPPORTED = re.compile(r"No importer registered for op: (?P<op>\w+)|Plugin not found|unsupported op", re.IGNORECASE)
+_UNSUPPORTED = re.compile(r"No importer registered|Plugin not found|unsupported|Myelin", re.IGNORECASE)
 
 _NOISE = re.compile(r"--- (Begin|End) node ---")
 
 # What an error says -> the way out; the first that fits.
 _WAYS = (
     (_MEMORY, "build on a machine with more memory, for fewer --sm, or a smaller largest size of --batch"),
-    (_UNSUPPORTED, "write that step with other ops; for an op of Planmill's, build with --plugins none"),
+    (re.compile(r"Turing"), "SM75 takes --precision fp16 only"),
+    (_UNSUPPORTED, "write that step with other ops; for an op of Planmill's, build with the other of --plugins python "
+     "and none"),
     (re.compile(r"cannot build for SM"), "leave it out of --sm; data-centre GPUs take --target tensorrt"),
-    (re.compile(r"SM75|Turing"), "SM75 takes --precision fp16 only"),
     (re.compile(r"is not installed|cannot be loaded"), ""),
     (re.compile(r"no GPU|CUDA initialization|cudaGetDevice|no CUDA-capable|CUDA error", re.IGNORECASE),
      "this target builds on the GPU that the plan is for; --target tensorrt-rtx needs none"),
     (re.compile(r"profile"), "choose other sizes with --batch"),
 )  # fmt: skip
-_ANY_WAY = "build with --plugins none or another --precision, and report it with this message"
+_ANY_WAY = "build with other --plugins or another --precision, and report it with this message"
 
 
 class Builder:

@@ -99,7 +99,7 @@ FAILURES: dict[str, tuple[Callable[[Job, Path], Job], str]] = {
     ),
     "our_op_unregistered": (
         lambda job, path: with_node(job, path, "planmill"),
-        "cannot be parsed.*mystery.*--plugins none",
+        "cannot be parsed.*mystery.*--plugins python and none",
     ),
     "damaged": (lambda job, path: replace(job, onnx=str(truncated(write(path)))), "the ONNX file cannot be parsed"),
     "no_file": (lambda job, path: replace(job, onnx=str(path)), "the ONNX file cannot be parsed.*cannot be found"),
