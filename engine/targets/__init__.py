@@ -16,6 +16,7 @@ TARGETS = {
     "aoti": "planmill.engine.targets.aoti",
     "tensorrt-rtx": "planmill.engine.targets.tensorrt_rtx",
     "tensorrt": "planmill.engine.targets.tensorrt",
+    "openvino": "planmill.engine.targets.openvino",
 }
 
 _EXTRA = ("onnx", "onnxscript", "onnxruntime", "tensorrt", "tensorrt_rtx")
