@@ -30,7 +30,7 @@ constexpr int64_t kSlice = 64;                      // numbers of the first slic
 constexpr int64_t kTile = 64, kChunk = 16;          // centres and rows that meet in cache
 constexpr int64_t kActiveBytes = int64_t{2} << 20;  // of active rows, about
 constexpr int64_t kTogether = 4;                    // distances from one row at a time
-constexpr int64_t kTask = 1 << 16;                  // multiply-adds that are worth a thread
+constexpr int64_t kTask = 1 << 17;                  // multiply-adds that are worth a thread
 
 double exact_square(const float* x, const float* y, int64_t d) {
   double sum[4] = {0.0, 0.0, 0.0, 0.0};
