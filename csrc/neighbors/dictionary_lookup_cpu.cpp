@@ -31,6 +31,8 @@ constexpr int64_t kColumns = 256;                  // of their values
 
 const LookupKernels& lookup_kernels() { return choose_kernels(lookup_baseline(), lookup_avx2(), lookup_avx512()); }
 
+int64_t widened(int64_t d) { return (d + kWidened - 1) / kWidened * kWidened; }
+
 struct Lookup {
   const at::Tensor &queries, &keys, &values;  // float32, contiguous
   double scale;
@@ -55,8 +57,11 @@ struct Lookup {
                    Workspace& w) const;
   void answer(int64_t i, const std::vector<int32_t>& found, Workspace& w) const;
   void compare_all(const std::vector<int64_t>& rows) const;
-  void score_tile(const int64_t* rows, int64_t count, int64_t first, int64_t last, double* scores) const;
-  void mix_columns(const int64_t* rows, int64_t count, int64_t first, int64_t last, const double* weights) const;
+  // Scores of `count` widened queries against keys [first, last).
+  void score_tile(const double* group, int64_t count, int64_t first, int64_t last, const std::vector<char>& usable,
+                  double* scores) const;
+  // Columns [first, last) of the results of `count` queries, from the weights of all atoms.
+  void mix_columns(float* mixed, int64_t count, int64_t first, int64_t last, const float* weights) const;
   void fill(int64_t i, float x) const { std::fill(result(i), result(i) + width(), x); }
   // A chosen value that is not finite makes its column NaN.
   void finish(int64_t i) const {
@@ -67,7 +72,7 @@ struct Lookup {
 bool Lookup::weigh(double* scores, int64_t count, std::vector<double>& scratch) const {
   const double top = count > 0 ? *std::max_element(scores, scores + count) : kNone;
   if (top == kNone) return false;
-  const Simplex simplex(power);
+  const Simplex simplex(power, kernels);
   const double per_unit = scale / static_cast<double>(power);
   scratch.clear();
   for (int64_t j = 0; j < count; ++j) {
@@ -118,7 +123,7 @@ bool Lookup::run(const Frame& frame, std::vector<int64_t>& rest) const {
     if (!left.pack(left_rows, first, count, frame, Metric::kDot, false, false, 0)) return false;
     std::vector<Support> lists;
     for (int64_t i = 0; i < count; ++i)
-      lists.emplace_back(Simplex(power), per_unit * scale_of_row(query(first + i), d), std::max<int64_t>(256, m / 8));
+      lists.emplace_back(Simplex(power, kernels), per_unit * scale_of_row(query(first + i), d), std::max<int64_t>(256, m / 8));
     for (int64_t row = 0; row < m; row += kPackedRows) {
       const int64_t rows = std::min(kPackedRows, m - row);
       if (!right.pack(right_rows, row, rows, frame, Metric::kDot, true, false, 0)) return false;
@@ -142,69 +147,89 @@ bool Lookup::run(const Frame& frame, std::vector<int64_t>& rest) const {
   return true;
 }
 
-void Lookup::score_tile(const int64_t* rows, int64_t count, int64_t first, int64_t last, double* scores) const {
-  const float* tile[kAtoms];
-  double found[kAtoms];
-  int64_t where[kAtoms], used = 0;
-  for (int64_t j = first; j < last; ++j) {
-    if (finite_row(key(j), depth())) tile[used] = key(j), where[used++] = j;
-    else
-      for (int64_t r = 0; r < count; ++r) scores[r * atoms() + j] = kNone;
+void Lookup::score_tile(const double* group, int64_t count, int64_t first, int64_t last, const std::vector<char>& usable,
+                        double* scores) const {
+  double found[4 * kMostQueries];
+  for (int64_t j = first; j < last; j += 4) {  // four keys stay in the first-level cache
+    const int64_t some = std::min<int64_t>(4, last - j);
+    const float* four[4];
+    for (int64_t k = 0; k < 4; ++k) four[k] = key(j + std::min(k, some - 1));
+    kernels.four_rows(group, widened(depth()), count, four, depth(), found);
+    for (int64_t r = 0; r < count; ++r)
+      for (int64_t k = 0; k < some; ++k) scores[r * atoms() + j + k] = usable[j + k] ? found[4 * r + k] : kNone;
   }
-  for (int64_t k = 0; k < used; k += 4)  // four keys stay in the first-level cache
-    for (int64_t r = 0; r < count; ++r) {
-      const int64_t some = std::min<int64_t>(4, used - k);
-      kernels.dots(query(rows[r]), tile + k, some, depth(), found);
-      for (int64_t j = 0; j < some; ++j) scores[r * atoms() + where[k + j]] = found[j];
-    }
 }
 
-void Lookup::mix_columns(const int64_t* rows, int64_t count, int64_t first, int64_t last, const double* weights) const {
+void Lookup::mix_columns(float* mixed, int64_t count, int64_t first, int64_t last, const float* weights) const {
   const float* chosen[kAtoms];
   float weight[kAtoms];
-  for (int64_t atom = 0; atom < atoms(); atom += kAtoms)
-    for (int64_t r = 0; r < count; ++r) {
-      int64_t used = 0;
-      for (int64_t j = atom; j < std::min(atom + kAtoms, atoms()); ++j)
-        if (const double w = weights[r * atoms() + j]; w > 0.0) {
-          chosen[used] = value(j) + first;
-          weight[used++] = static_cast<float>(w);
-        }
-      kernels.add_rows(result(rows[r]) + first, chosen, weight, used, last - first);
+  const int64_t m = atoms(), columns = last - first;
+  for (int64_t atom = 0; atom < m; atom += kAtoms) {
+    const int64_t some = std::min(kAtoms, m - atom);
+    int64_t used = 0;
+    for (int64_t r = 0; r < count; ++r)
+      for (int64_t j = 0; j < some; ++j) used += weights[r * m + atom + j] > 0.0f;
+    bool dense = 4 * used > count * some;
+    for (int64_t j = 0; j < some && dense; ++j) dense = finite_row(value(atom + j) + first, columns);  // 0 times NaN
+    if (dense) {
+      kernels.add_products(mixed + first, width(), value(atom) + first, width(), weights + atom, m, count, some, columns);
+      continue;
     }
+    for (int64_t r = 0; r < count && used > 0; ++r) {
+      int64_t own = 0;
+      for (int64_t j = 0; j < some; ++j)
+        if (const float w = weights[r * m + atom + j]; w > 0.0f) {
+          chosen[own] = value(atom + j) + first;
+          weight[own++] = w;
+        }
+      kernels.add_rows(mixed + r * width() + first, chosen, weight, own, columns);
+    }
+  }
 }
 
 void Lookup::compare_all(const std::vector<int64_t>& rows) const {
-  const int64_t m = atoms(), n = static_cast<int64_t>(rows.size());
-  const int64_t most = std::clamp<int64_t>(kScoreBytes / (8 * m), 1, kMostQueries), tiles = (m + kAtoms - 1) / kAtoms;
-  std::vector<double> scores(static_cast<size_t>(std::min(most, n) * m));
-  const int64_t columns = std::max<int64_t>(1, (width() + kColumns - 1) / kColumns);
+  const int64_t m = atoms(), n = static_cast<int64_t>(rows.size()), d = depth(), padded = widened(d);
+  const int64_t most = std::min(n, std::clamp<int64_t>(kScoreBytes / (8 * m), 1, kMostQueries));
+  const auto buffer = [](int64_t size, auto zero) { return std::vector<decltype(zero)>(static_cast<size_t>(size), zero); };
+  auto scores = buffer(most * m, 0.0), wide = buffer(most * padded, 0.0);
+  auto weights = buffer(most * m, 0.0f), mixed = buffer(most * width(), 0.0f);
+  std::vector<char> usable(static_cast<size_t>(m));
+  at::parallel_for(0, n > 0 ? m : 0, std::max<int64_t>(1, 32768 / d), [&](int64_t begin, int64_t end) {
+    for (int64_t j = begin; j < end; ++j) usable[j] = finite_row(key(j), d);
+  });
+  const int64_t tiles = (m + kAtoms - 1) / kAtoms, columns = (width() + kColumns - 1) / kColumns;
   for (int64_t first = 0; first < n; first += most) {
-    const int64_t count = std::min(most, n - first), grain = std::max<int64_t>(1, 16384 / (kAtoms * count * depth()));
+    const int64_t count = std::min(most, n - first);
     const int64_t* group = rows.data() + first;
-    at::parallel_for(0, tiles, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t r = 0; r < count; ++r) std::copy(query(group[r]), query(group[r]) + d, wide.begin() + r * padded);
+    at::parallel_for(0, tiles, std::max<int64_t>(1, 16384 / (kAtoms * count * d)), [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t)
-        score_tile(group, count, t * kAtoms, std::min((t + 1) * kAtoms, m), scores.data());
+        score_tile(wide.data(), count, t * kAtoms, std::min((t + 1) * kAtoms, m), usable, scores.data());
     });
     at::parallel_for(0, count, std::max<int64_t>(1, 4096 / m), [&](int64_t begin, int64_t end) {
       std::vector<double> scratch;
       for (int64_t r = begin; r < end; ++r) {
-        const bool known = finite_row(query(group[r]), depth()) && weigh(scores.data() + r * m, m, scratch);
-        if (!known) std::fill_n(scores.data() + r * m, m, 0.0);
-        fill(group[r], known ? 0.0f : NAN);
+        double* own = scores.data() + r * m;
+        const bool known = finite_row(query(group[r]), d) && weigh(own, m, scratch);
+        for (int64_t j = 0; j < m; ++j) weights[r * m + j] = known ? static_cast<float>(own[j]) : 0.0f;
+        std::fill_n(mixed.begin() + r * width(), width(), known ? 0.0f : NAN);
       }
     });
-    // Not one range of queries a thread: the values of some atoms serve all queries while they are in the cache.
+    // The values of some atoms serve all queries of a part while they are in the cache.
     const int64_t parts = std::min<int64_t>(count, columns < at::get_num_threads() ? at::get_num_threads() : 1);
     const int64_t part = (count + parts - 1) / parts;
     at::parallel_for(0, parts * columns, std::max<int64_t>(1, 16384 / (part * m)), [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
         const int64_t r = t / columns * part, c = t % columns * kColumns;
         if (r < count)
-          mix_columns(group + r, std::min(part, count - r), c, std::min(c + kColumns, width()), scores.data() + r * m);
+          mix_columns(mixed.data() + r * width(), std::min(part, count - r), c, std::min(c + kColumns, width()),
+                      weights.data() + r * m);
       }
     });
-    for (int64_t r = 0; r < count; ++r) finish(group[r]);
+    for (int64_t r = 0; r < count; ++r) {
+      std::copy_n(mixed.begin() + r * width(), width(), result(group[r]));
+      finish(group[r]);
+    }
   }
 }
 

@@ -1,7 +1,7 @@
 // The kernels behind LookupKernels, written once over a vector type of common/vec.h.
 #pragma once
 
-#include "common/vec.h"
+#include "common/products.h"
 #include "neighbors/lookup.h"
 
 namespace planmill {
@@ -37,35 +37,43 @@ struct Wide {
     for (int i = 0; i < kLanes; ++i) wide[i] = p[i];  // one instruction: vcvtps2pd
     return wide;
   }
+  static D load(const double* p) {
+    D wide;
+    __builtin_memcpy(&wide, p, sizeof(wide));
+    return wide;
+  }
+  static D load_some(const float* p, int64_t count) {
+    D wide{};
+    for (int64_t i = 0; i < count; ++i) wide[i] = p[i];
+    return wide;
+  }
+  static double sum(D x) {
+    double total = x[0];
+    for (int i = 1; i < kLanes; ++i) total += x[i];
+    return total;
+  }
 };
 
-// Two sums a row, each as wide as a register: eight chains hide the latency of the additions. A product of two floats is
-// exact in double, so that it does not matter whether the compiler fuses it with the addition.
+// A product of two floats is exact in double: it does not matter whether the compiler fuses it with the addition.
 template <class V, int Rows>
 inline void dots_of(const float* x, const float* const* y, int64_t d, double* out) {
   using W = Wide<V>;
-  typename W::D even[Rows], odd[Rows];
-  double tail[Rows];
+  typename W::D sums[Rows];
 #pragma GCC unroll 4
-  for (int r = 0; r < Rows; ++r) even[r] = odd[r] = typename W::D{}, tail[r] = 0.0;
+  for (int r = 0; r < Rows; ++r) sums[r] = typename W::D{};
   int64_t i = 0;
-  for (; i + V::kWidth <= d; i += V::kWidth) {
-    const auto first = W::load(x + i), second = W::load(x + i + W::kLanes);
+  for (; i + W::kLanes <= d; i += W::kLanes) {
+    const auto u = W::load(x + i);
 #pragma GCC unroll 4
-    for (int r = 0; r < Rows; ++r) {
-      even[r] += first * W::load(y[r] + i);
-      odd[r] += second * W::load(y[r] + i + W::kLanes);
-    }
+    for (int r = 0; r < Rows; ++r) sums[r] += u * W::load(y[r] + i);
   }
-  for (; i < d; ++i)
+  if (i < d) {
+    const auto u = W::load_some(x + i, d - i);
 #pragma GCC unroll 4
-    for (int r = 0; r < Rows; ++r) tail[r] += static_cast<double>(x[i]) * y[r][i];
-#pragma GCC unroll 4
-  for (int r = 0; r < Rows; ++r) {
-    const typename W::D sum = even[r] + odd[r];
-    for (int lane = 0; lane < W::kLanes; ++lane) tail[r] += sum[lane];
-    out[r] = tail[r];
+    for (int r = 0; r < Rows; ++r) sums[r] += u * W::load_some(y[r] + i, d - i);
   }
+#pragma GCC unroll 4
+  for (int r = 0; r < Rows; ++r) out[r] = W::sum(sums[r]);
 }
 
 template <class V>
@@ -73,6 +81,59 @@ void dots(const float* x, const float* const* rows, int64_t count, int64_t d, do
   int64_t r = 0;
   for (; r + 4 <= count; r += 4) dots_of<V, 4>(x, rows + r, d, out + r);
   for (; r < count; ++r) dots_of<V, 1>(x, rows + r, d, out + r);
+}
+
+// Two queries at a time: eight sums hide the latency of the multiply-adds. The rows are widened here: the conversions run
+// beside the multiply-adds, and rows of doubles would not stay in the first-level cache.
+template <class V, int Queries>
+inline void four_rows_of(const double* x, int64_t ldx, const float* const* rows, int64_t d, double* out) {
+  using W = Wide<V>;
+  typename W::D sums[Queries][4];
+#pragma GCC unroll 2
+  for (int q = 0; q < Queries; ++q)
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; ++r) sums[q][r] = typename W::D{};
+  const auto add = [&](int64_t i, bool whole) {
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; ++r) {
+      const typename W::D row = whole ? W::load(rows[r] + i) : W::load_some(rows[r] + i, d - i);
+#pragma GCC unroll 2
+      for (int q = 0; q < Queries; ++q) sums[q][r] += W::load(x + q * ldx + i) * row;
+    }
+  };
+  int64_t i = 0;
+  for (; i + W::kLanes <= d; i += W::kLanes) add(i, true);
+  if (i < d) add(i, false);
+#pragma GCC unroll 2
+  for (int q = 0; q < Queries; ++q)
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; ++r) out[4 * q + r] = W::sum(sums[q][r]);
+}
+
+template <class V>
+void four_rows(const double* x, int64_t ldx, int64_t queries, const float* const* rows, int64_t d, double* out) {
+  int64_t q = 0;
+  for (; q + 2 <= queries; q += 2) four_rows_of<V, 2>(x + q * ldx, ldx, rows, d, out + 4 * q);
+  if (q < queries) four_rows_of<V, 1>(x + q * ldx, ldx, rows, d, out + 4 * q);
+}
+
+template <class V>
+Above above(const double* y, int64_t n, double tau) {
+  using W = Wide<V>;
+  using D = typename W::D;
+  D sum{}, squares{}, count{};
+  const D level = D{} + tau;
+  int64_t j = 0;
+  for (; j + W::kLanes <= n; j += W::kLanes) {
+    const D over = W::load(y + j) - level, kept = over > 0.0 ? over : D{};
+    sum += kept;
+    squares += kept * kept;
+    count += over > 0.0 ? D{} + 1.0 : D{};
+  }
+  Above found{W::sum(sum), W::sum(squares), W::sum(count)};
+  for (; j < n; ++j)
+    if (const double over = y[j] - tau; over > 0.0) found.sum += over, found.squares += over * over, found.count += 1.0;
+  return found;
 }
 
 template <class V, int Rows>
@@ -100,8 +161,18 @@ void add_rows(float* out, const float* const* rows, const float* weights, int64_
 }
 
 template <class V>
+void add_products(float* out, int64_t ldo, const float* rows, int64_t ldr, const float* weights, int64_t ldw, int64_t queries,
+                  int64_t count, int64_t n) {
+  const int64_t whole = n / V::kWidth * V::kWidth;
+  multiply<V>({weights, ldw, 1}, rows, ldr, out, ldo, queries, count, whole, true);
+  for (int64_t q = 0; q < queries; ++q)
+    for (int64_t r = 0; r < count; ++r)
+      for (int64_t i = whole; i < n; ++i) out[q * ldo + i] += weights[q * ldw + r] * rows[r * ldr + i];
+}
+
+template <class V>
 constexpr LookupKernels lookup_kernels() {
-  return {&dots<V>, &add_rows<V>};
+  return {&dots<V>, &four_rows<V>, &above<V>, &add_rows<V>, &add_products<V>};
 }
 
 }  // namespace

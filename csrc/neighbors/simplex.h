@@ -7,11 +7,13 @@
 #include <cstdint>
 #include <vector>
 
+#include "neighbors/lookup.h"
+
 namespace planmill {
 
 class Simplex {
  public:
-  explicit Simplex(int64_t power) : power_(power) {}
+  Simplex(int64_t power, const LookupKernels& kernels) : power_(power), kernels_(&kernels) {}
 
   // tau of scores y [n] whose largest is 0, found from a bound below it: at -1 the weight of the largest alone is one. The
   // sum of the weights falls with tau and is convex in it, so the iterates of Newton's method rise and never pass it; of
@@ -22,7 +24,7 @@ class Simplex {
       if (!(next > tau)) break;
       tau = next;
     }
-    return power_ == 1 ? tau : closed_form(y, n, tau);
+    return closed_form(y, n, tau);
   }
   double weight(double y, double tau) const {
     const double above = std::max(y - tau, 0.0);
@@ -33,29 +35,24 @@ class Simplex {
   static constexpr int kRounds = 100;  // two dozen are the most that was seen: each halves the distance at least
 
   double step(const double* y, int64_t n, double tau) const {
-    double sum = 0.0, squares = 0.0;
-    int64_t count = 0;
-    for (int64_t j = 0; j < n; ++j) {
-      const double above = std::max(y[j] - tau, 0.0);
-      sum += above;
-      squares += above * above;
-      count += above > 0.0;
-    }
-    return power_ == 1 ? tau + (sum - 1.0) / static_cast<double>(count) : tau + (squares - 1.0) / (2.0 * sum);
+    const Above found = kernels_->above(y, n, tau);
+    return tau + (power_ == 1 ? (found.sum - 1.0) / found.count : (found.squares - 1.0) / (2.0 * found.sum));
   }
-  // From the support that Newton's iteration found: what is left of its error is gone.
+  // From the support that the iteration found: what is left of its error is gone, and with it how it came there.
   double closed_form(const double* y, int64_t n, double tau) const {
     double sum = 0.0, squares = 0.0;
     int64_t count = 0;
     for (int64_t j = 0; j < n; ++j)
       if (y[j] > tau) sum += y[j], ++count;
-    const double mean = sum / static_cast<double>(count);
+    const double atoms = static_cast<double>(count), mean = sum / atoms;
+    if (power_ == 1) return mean - 1.0 / atoms;
     for (int64_t j = 0; j < n; ++j)
       if (y[j] > tau) squares += (y[j] - mean) * (y[j] - mean);
-    return mean - std::sqrt(std::max(1.0 - squares, 0.0) / static_cast<double>(count));
+    return mean - std::sqrt(std::max(1.0 - squares, 0.0) / atoms);
   }
 
   int64_t power_;
+  const LookupKernels* kernels_;
 };
 
 // The atoms that may have a weight, given what has been screened so far: scores v are known within bounds, and `width` is
