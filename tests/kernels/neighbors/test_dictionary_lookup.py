@@ -1,10 +1,10 @@
-"""lookup_dictionary against entmax, as a projection onto the simplex, at any batch, on random draws; its messages."""
+"""lookup_dictionary against entmax, as a projection onto the simplex, at any batch, at random; DictAS's layer."""
 
 import pytest
 import torch
 
 from planmill.kernels import cpu_capabilities, cpu_capability, ops
-from planmill.kernels.neighbors import lookup_dictionary
+from planmill.kernels.neighbors import DictionaryLookup, TokenGenerator, lookup_dictionary
 
 WEIGHTINGS = ("sparsemax", "entmax15")
 
@@ -123,3 +123,95 @@ def test_messages(arguments: tuple, error: type[Exception], message: str) -> Non
     *tensors, options = arguments
     with pytest.raises(error, match="dictionary_lookup: " + message):
         lookup_dictionary(*tensors, **options)
+
+
+def dictas_state(dim: int) -> dict[str, torch.Tensor]:
+    """Random weights under the names of a DictAS checkpoint, with something of its text branch."""
+    shapes = {"q_proj.weight": 2, "k_proj.weight": 2, "v_proj.weight": 2, "norm1.weight": 1, "norm1.bias": 1,
+              "TwoLayerMLP.linear1.weight": 2, "TwoLayerMLP.linear1.bias": 1, "TwoLayerMLP.linear2.weight": 2,
+              "TwoLayerMLP.linear2.bias": 1, "TwoLayerMLP.norm.weight": 1, "TwoLayerMLP.norm.bias": 1,
+              "TwoLayerMLP.linear3.weight": 2}  # fmt: skip
+    parts = ("Query_Generator.", "Key_Generator.", "Value_Generator.AttnBlock.")
+    names = [(part + name, rank) for part in parts for name, rank in shapes.items()]
+    state = {name: normal(*(dim,) * rank, seed=seed) / dim**0.5 for seed, (name, rank) in enumerate(names)}
+    return {**state, "Fuse_Feature.compress.bias": torch.zeros(1)}
+
+
+def published_generator(x: torch.Tensor, state: dict[str, torch.Tensor], part: str, heads: int) -> torch.Tensor:
+    """A generator in float64, written from its formula, head by head."""
+    own = {name.removeprefix(part): t.double() for name, t in state.items() if name.startswith(part)}
+    width = x.shape[1]
+
+    def norm(t: torch.Tensor, name: str) -> torch.Tensor:
+        centred = t - t.mean(1, keepdim=True)
+        scaled = centred / (centred.square().mean(1, keepdim=True) + 1e-5).sqrt()
+        return scaled * own[name + ".weight"] + own[name + ".bias"]
+
+    h = norm(x, "norm1")
+    q, k, v = (h @ own[f"{name}_proj.weight"].T for name in "qkv")
+    parts = [slice(i, i + width // heads) for i in range(0, width, width // heads)]
+    mixed = [((q[:, s] @ k[:, s].T) * (width // heads) ** -0.5).softmax(1) @ v[:, s] for s in parts]
+    first = torch.cat(mixed, 1) @ own["TwoLayerMLP.linear1.weight"].T + own["TwoLayerMLP.linear1.bias"] + h
+    second = first @ own["TwoLayerMLP.linear2.weight"].T + own["TwoLayerMLP.linear2.bias"]
+    return norm(second, "TwoLayerMLP.norm") @ own["TwoLayerMLP.linear3.weight"].T
+
+
+def test_equals_the_formulas_of_dictas() -> None:
+    """Oracle: the definitions in float64, entmax (MIT) for sparsemax; DictAS (MIT) was read for names and order."""
+    entmax = pytest.importorskip("entmax")
+    state = dictas_state(16)
+    layer = DictionaryLookup.from_dictas(state).eval()
+    support, x = normal(3, 7, 16, seed=90), normal(2, 9, 16, seed=91)
+    found, distance = layer.fit(support)(x)
+    tokens = support.double().flatten(0, 1)
+    keys = published_generator(tokens, state, "Key_Generator.", 4)
+    values = tokens + published_generator(tokens, state, "Value_Generator.AttnBlock.", 4)
+    for b in range(2):
+        queries = published_generator(x[b].double(), state, "Query_Generator.", 4)
+        want = entmax.sparsemax(queries @ keys.T / 4, dim=1) @ values
+        torch.testing.assert_close(found[b].double(), want, atol=1e-5, rtol=1e-5)
+        cosine = (x[b].double() * want).sum(1) / (x[b].double().norm(dim=1) * want.norm(dim=1))
+        torch.testing.assert_close(distance[b].double(), (1 - cosine) / 2, atol=1e-6, rtol=1e-5)
+
+
+def test_a_layer_without_generators_finds_its_own_tokens() -> None:
+    support = torch.nn.functional.normalize(normal(40, 24), dim=1)
+    layer = DictionaryLookup(24, scale=20.0, generated=False).fit(support)
+    assert not list(layer.parameters())
+    found, distance = layer(support[None, :5])
+    torch.testing.assert_close(found[0], support[:5])
+    assert float(distance.detach().abs().max()) < 1e-6
+    assert bool((layer(-support[None, :5])[1] > 0.2).all())
+
+
+def test_the_dictionary_travels_in_the_state_dict() -> None:
+    layer = DictionaryLookup(8, heads=2).fit(normal(5, 8))
+    other = DictionaryLookup(8, heads=2)
+    other.load_state_dict(layer.state_dict())
+    x = normal(1, 3, 8, seed=1)
+    assert torch.equal(layer(x)[0], other(x)[0])
+
+
+def test_the_layer_compiles_as_one_graph() -> None:
+    torch.compiler.reset()
+    layer = DictionaryLookup(8, heads=2).fit(normal(5, 8)).eval()
+    x = normal(2, 3, 8, seed=1)
+    torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))
+
+
+def test_messages_of_the_layer() -> None:
+    layer = DictionaryLookup(8, heads=2)
+    with pytest.raises(ValueError, match=r"DictionaryLookup: there is no dictionary: call fit first"):
+        layer(normal(1, 3, 8))
+    with pytest.raises(ValueError, match=r"support must be \[m, 8\] or \[images, P, 8\] with at least one token, got"):
+        layer.fit(normal(0, 8))
+    with pytest.raises(ValueError, match=r"x must be \[B, N, 8\], got \[3, 8\]"):
+        layer.fit(normal(4, 8))(normal(3, 8))
+    with pytest.raises(ValueError, match=r"weighting must be one of sparsemax, entmax15, got 'softmax'"):
+        DictionaryLookup(8, weighting="softmax")
+    with pytest.raises(ValueError, match=r"TokenGenerator: dim must be a multiple of heads, got 8 and 3"):
+        TokenGenerator(8, 3)
+    state = dictas_state(8)
+    del state["Value_Generator.AttnBlock.norm1.bias"]
+    with pytest.raises(ValueError, match=r"the state dict lacks Value_Generator\.AttnBlock\.norm1\.bias"):
+        DictionaryLookup.from_dictas(state)
