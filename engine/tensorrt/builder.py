@@ -46,7 +46,6 @@ class Job:
         sms: GPU architectures; for tensorrt none: it builds for the GPU of this machine.
         profile: smallest, optimal and largest shape of every input with a dynamic dimension.
         plugins: names of our ops in the file.
-        aot: build with the kernels of ops inside the plan where they have that form.
         memory_bytes: address space that the build may take beyond the libraries; None: all there is.
     """
 
@@ -57,7 +56,6 @@ class Job:
     sms: list[int]
     profile: dict[str, list[list[int]]]
     plugins: list[str]
-    aot: bool = False
     memory_bytes: int | None = None
 
 

@@ -64,7 +64,6 @@ def build_onnx(
         sms=sms,
         profile=shape_profile(inputs, dynamic),
         plugins=[plugin_name(op) for op in model.ops],
-        aot=options.plugins == "aot",
     )
     report = builder.build(job)
     payload = Path(job.plan)
@@ -123,10 +122,10 @@ def _architectures(options: Options, library: Library) -> list[int]:
 
 
 def _check_options(options: Options, library: Library) -> None:
-    if library == "tensorrt_rtx" and options.plugins == "aot":
+    if options.plugins == "aot":
         raise PlanError(
-            "target tensorrt-rtx takes no kernels inside the plan: its Python binding has no way in for them; build "
-            "with --plugins python or none"
+            "plugins aot: TensorRT-RTX has no way in for kernels inside the plan, and for TensorRT they are not "
+            "written yet: build with --plugins python or none"
         )
     if library == "tensorrt" and options.sms:
         raise PlanError("target tensorrt builds for the GPU of this machine: leave out --sm")

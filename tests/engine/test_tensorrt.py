@@ -221,7 +221,7 @@ def test_float64_is_refused_by_name(tmp_path: Path) -> None:
 
 def test_options_that_do_not_fit_the_library(tmp_path: Path) -> None:
     captured = capture(nn.Linear(4, 3).eval(), torch.randn(2, 4))
-    with pytest.raises(PlanError, match=r"tensorrt-rtx takes no kernels inside the plan.*--plugins python or none"):
+    with pytest.raises(PlanError, match=r"TensorRT-RTX has no way in for kernels.*--plugins python or none"):
         plan.compile_captured(captured, tmp_path, Options(plugins="aot"), "tensorrt_rtx")
     with pytest.raises(PlanError, match="target tensorrt builds for the GPU of this machine: leave out --sm"):
         plan.compile_captured(captured, tmp_path, Options(sms=(90,)), "tensorrt")
