@@ -55,7 +55,8 @@ class MicroBatcher:
 
     A request is the plan's inputs for one sample or several. What waits when the session becomes free is run in one
     call, up to `max_batch` samples of one shape, oldest first; a lone request waits `max_wait_ms` for company. A result
-    is bit for bit what the plan computes at the batch that the request became part of.
+    is bit for bit what the plan computes at the batch that the request became part of. Calls use as many threads as
+    torch had when the batcher was made.
 
     Args:
         session: of a plan whose inputs and outputs share a dynamic first dimension; it stays the caller's to close.
@@ -82,6 +83,7 @@ class MicroBatcher:
         self._queue: deque[_Request] = deque()
         self._changed = threading.Condition()
         self._closed = False
+        self._threads = torch.get_num_threads()
         self._thread = threading.Thread(target=self._work, name="planmill batches", daemon=True)
         self._thread.start()
 
@@ -129,6 +131,7 @@ class MicroBatcher:
         self.close()
 
     def _work(self) -> None:
+        torch.set_num_threads(self._threads)  # OpenMP keeps it per calling thread
         while batch := self._next():
             self._serve([request for request in batch if request.future.set_running_or_notify_cancel()])
 

@@ -4,8 +4,8 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncIterator, Callable
-from typing import Any
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
@@ -16,9 +16,9 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response as HttpResponse
 from starlette.routing import Route
 
-from planmill.serving.dispatch import Answer, Dispatcher, Limits
+from planmill.serving.dispatch import Dispatcher, Limits
 from planmill.serving.payloads import JSON, REQUESTS, RESPONSES, BadRequestError
-from planmill.serving.worker import Response, refusal
+from planmill.serving.worker import Request, Response, refusal
 
 
 class Metrics:
@@ -41,22 +41,35 @@ class Metrics:
         self.workers = Gauge("planmill_workers", "Workers that run", registry=registry)
 
 
+class Workers(Protocol):
+    """What answers batches."""
+
+    @property
+    def workers(self) -> int:
+        """How many there are."""
+
+    async def __aenter__(self) -> Any: ...
+
+    async def __aexit__(self, *ended: Any) -> Any: ...
+
+    async def answer(self, requests: Sequence[Request]) -> list[Response]:
+        """Answer a batch; raises where the worker was lost."""
+
+
 class Gateway:
     """The routes, and the admission to the queue behind them.
 
     Args:
-        answer: answers a batch of requests.
+        workers: answer batches; entered and left with the server.
         describe: what GET / shows.
-        count_workers: how many workers run; asked every second.
         limits: see there.
     """
 
-    def __init__(
-        self, answer: Answer, describe: dict[str, Any], count_workers: Callable[[], int], limits: Limits
-    ) -> None:
-        self._answer, self._describe, self._count_workers, self._limits = answer, describe, count_workers, limits
+    def __init__(self, workers: Workers, describe: dict[str, Any], limits: Limits) -> None:
+        self._workers, self._describe, self._limits = workers, describe, limits
         self.metrics = Metrics()
-        self._pending = self._pending_bytes = self._workers = 0
+        self.metrics.workers.set_function(lambda: workers.workers)
+        self._pending = self._pending_bytes = 0
         self._dispatcher: Dispatcher | None = None
         self.app = Starlette(
             routes=[
@@ -71,18 +84,10 @@ class Gateway:
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
-        self._dispatcher = Dispatcher(self._answer, self._limits, self.metrics.batches.observe)
-        watch = asyncio.create_task(self._watch())
-        yield
-        watch.cancel()
-        await self._dispatcher.close()
-
-    async def _watch(self) -> None:
-        while True:
-            with contextlib.suppress(Exception):  # asked again in a second
-                self._workers = await asyncio.to_thread(self._count_workers)
-            self.metrics.workers.set(self._workers)
-            await asyncio.sleep(1)
+        async with self._workers:
+            self._dispatcher = Dispatcher(self._workers.answer, self._limits, self.metrics.batches.observe)
+            yield
+            await self._dispatcher.close()
 
     async def _predict(self, request: HttpRequest) -> HttpResponse:
         started = time.perf_counter()
@@ -144,8 +149,8 @@ class Gateway:
         return b"".join(parts)
 
     async def _health(self, request: HttpRequest) -> HttpResponse:
-        if self._workers:
-            return _json(200, {"status": "ok", "workers": self._workers})
+        if self._workers.workers:
+            return _json(200, {"status": "ok", "workers": self._workers.workers})
         return _json(503, {"status": "no worker runs", "workers": 0})
 
     async def _show_metrics(self, request: HttpRequest) -> HttpResponse:

@@ -1,7 +1,7 @@
 """`planmill serve`: Ray Serve keeps the workers alive, one process each; this process speaks HTTP and makes batches.
 
 Ray's own HTTP proxy is not used: it has no limit on bodies, answers 503 for a full queue and 500 for a lost worker, and
-passes requests on one by one, which costs several milliseconds each. Here a whole batch is one call to a worker.
+passes requests on one by one, which costs several milliseconds each.
 """
 
 import asyncio
@@ -11,16 +11,18 @@ import os
 import secrets
 import signal
 import socket
-from collections.abc import Callable, Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from planmill.engine import Plan, PlanError
 from planmill.errors import PlanmillError
-from planmill.serving.dispatch import Answer, Limits
+from planmill.serving.dispatch import Limits
 from planmill.serving.payloads import ImageSettings
-from planmill.serving.worker import Request, Response, Worker
+from planmill.serving.pool import CONNECTIONS, Pool, listen
+from planmill.serving.worker import Worker
 
 _APP = "planmill"
 
@@ -47,6 +49,26 @@ class Settings:
     drain_s: float = 60.0
 
 
+class Replica:
+    """What Ray Serve starts: a worker that listens at a socket.
+
+    Args:
+        path, images, threads: of the worker.
+        folder: for the socket.
+    """
+
+    def __init__(self, path: str, images: ImageSettings, threads: int, folder: str) -> None:
+        self._thread = listen(Path(folder), Worker(path, images, threads).answer)
+
+    def check_health(self) -> None:
+        """Asked by Ray Serve, which replaces the process where this raises."""
+        if not self._thread.is_alive():
+            raise RuntimeError("no longer listening")
+
+    def __call__(self) -> None:
+        """Ray Serve wants one; requests come through the socket."""
+
+
 def serve_plan(path: Path, settings: Settings, started: Callable[[str], None]) -> None:
     """Serve a plan until SIGTERM or SIGINT; then finish what was accepted.
 
@@ -61,11 +83,14 @@ def serve_plan(path: Path, settings: Settings, started: Callable[[str], None]) -
     plan = Plan.read(path)
     plan.check_environment()
     check_images(plan, settings.images)
-    with _bound(settings.host, settings.port) as sock:
-        asked: list[int] = []
-        # Inside: starting, Ray sets handlers of its own, which end the process at once.
-        with _workers(path, settings) as (answer, count), _signals(asked.append):
-            _run(plan, settings, sock, (answer, count), started, asked)
+    asked: list[int] = []
+    with (
+        _bound(settings.host, settings.port) as sock,
+        tempfile.TemporaryDirectory(prefix="planmill-") as name,
+        _workers(path, settings, Path(name)),
+        _signals(asked.append),  # last: starting, Ray sets handlers of its own, which end the process at once
+    ):
+        _run(plan, settings, sock, Path(name), started, asked)
 
 
 def check_images(plan: Plan, images: ImageSettings) -> None:
@@ -115,8 +140,8 @@ def _signals(arrived: Callable[[int], None]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _workers(path: Path, settings: Settings) -> Iterator[tuple[Answer, Callable[[], int]]]:
-    """Workers that Ray Serve starts, watches and restarts; gone at the end."""
+def _workers(path: Path, settings: Settings, folder: Path) -> Iterator[None]:
+    """Workers that Ray Serve starts, watches and restarts, with sockets in `folder`; gone at the end."""
     # Read when Ray is imported: its own ports ask for a token, of this run alone, and listen on loopback (the name says
     # Windows; Linux obeys it too), and it reports no usage to anyone.
     os.environ.setdefault("RAY_AUTH_MODE", "token")
@@ -147,29 +172,20 @@ def _workers(path: Path, settings: Settings) -> Iterator[tuple[Answer, Callable[
         serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR", "enable_access_log": False})
         threads = settings.threads or max(1, (os.cpu_count() or 1) // settings.workers)
         deployment: Any = serve.deployment(  # its overloads do not know a class with options
-            Worker,
+            Replica,
             name="Worker",
             num_replicas=settings.workers,
-            max_ongoing_requests=2,
             ray_actor_options={"num_cpus": 0},
             health_check_period_s=1,
             health_check_timeout_s=30,
             graceful_shutdown_timeout_s=5,
         )
-        bound = deployment.bind(str(path.absolute()), settings.images, threads)
+        bound = deployment.bind(str(path.absolute()), settings.images, threads, str(folder))
         try:
-            handle = serve.run(bound, name=_APP, route_prefix=None, blocking=False)
+            serve.run(bound, name=_APP, route_prefix=None, blocking=False)
         except RuntimeError as error:
             raise PlanError(f"{path}: a worker cannot open it: {serve.status().applications[_APP].message}") from error
-
-        async def answer(requests: Sequence[Request]) -> list[Response]:
-            return await handle.answer.remote(list(requests))
-
-        def count() -> int:
-            states = serve.status().applications[_APP].deployments["Worker"].replica_states
-            return sum(number for state, number in states.items() if state == "RUNNING")
-
-        yield answer, count
+        yield
     finally:
         with contextlib.suppress(Exception):
             serve.shutdown()
@@ -180,7 +196,7 @@ def _run(
     plan: Plan,
     settings: Settings,
     sock: socket.socket,
-    workers: tuple[Answer, Callable[[], int]],
+    folder: Path,
     started: Callable[[str], None],
     asked: list[int],
 ) -> None:
@@ -189,8 +205,9 @@ def _run(
 
     from planmill.serving.gateway import Gateway
 
-    limits = replace(settings.limits, slots=2 * settings.workers)
-    gateway = Gateway(workers[0], describe(plan), workers[1], limits)
+    limits = replace(settings.limits, slots=CONNECTIONS * settings.workers)
+    pool = Pool(folder)
+    gateway = Gateway(pool, describe(plan), limits)
     config = uvicorn.Config(
         gateway.app,
         log_level="warning",
@@ -223,7 +240,8 @@ def _run(
             await asyncio.wait([task], timeout=0.1)
         await task
 
-    asyncio.run(run())
+    with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
+        runner.run(run())
 
 
 def describe(plan: Plan) -> dict[str, Any]:

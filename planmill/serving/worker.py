@@ -1,6 +1,5 @@
 """What runs in a worker process: a session that serves batches of requests."""
 
-import asyncio
 import json
 from collections.abc import Sequence
 
@@ -25,7 +24,7 @@ class Worker:
     """
 
     def __init__(self, path: str, images: ImageSettings, threads: int) -> None:
-        torch.set_num_threads(threads)
+        self._threads = threads
         self._session = Session(path)
         self._images = images
         self._names = [spec.name for spec in self._session.outputs]
@@ -34,12 +33,9 @@ class Worker:
         except PlanError:  # a plan of fixed sizes: each request is a call
             self._largest = 0
 
-    async def answer(self, requests: Sequence[Request]) -> list[Response]:
-        """Answer each request; none can spoil another. Other batches are decoded while one is computed."""
-        return await asyncio.to_thread(self.answer_now, requests)
-
-    def answer_now(self, requests: Sequence[Request]) -> list[Response]:
-        """As `answer`, in this thread."""
+    def answer(self, requests: Sequence[Request]) -> list[Response]:
+        """Answer each request; none can spoil another. In several threads, calls of the plan take turns."""
+        torch.set_num_threads(self._threads)  # OpenMP keeps it per calling thread
         results: list[Response | None] = [None] * len(requests)
         inputs: dict[int, list[torch.Tensor]] = {}
         for i, (body, kind, _) in enumerate(requests):

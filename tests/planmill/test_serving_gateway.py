@@ -24,8 +24,13 @@ class Hand:
         self.open = asyncio.Event()
         self.batches: list[list[Request]] = []
         self.lost = 0
+        self.workers = 2
 
-    async def __call__(self, requests: Sequence[Request]) -> list[Response]:
+    async def __aenter__(self) -> None: ...
+
+    async def __aexit__(self, *ended: Any) -> None: ...
+
+    async def answer(self, requests: Sequence[Request]) -> list[Response]:
         self.batches.append(list(requests))
         await self.open.wait()
         if self.lost:
@@ -36,7 +41,7 @@ class Hand:
 
 @asynccontextmanager
 async def serving(hand: Hand, **limits: Any) -> AsyncIterator[tuple[httpx.AsyncClient, Gateway]]:
-    gateway = Gateway(hand, {"model": "m"}, lambda: 2, Limits(**limits))
+    gateway = Gateway(hand, {"model": "m"}, Limits(**limits))
     transport = httpx.ASGITransport(gateway.app)
     client = httpx.AsyncClient(transport=transport, base_url="http://test")
     async with gateway.app.router.lifespan_context(gateway.app), client:
@@ -206,9 +211,9 @@ def test_the_end_finishes_what_was_accepted() -> None:
 
 def test_health_without_a_worker() -> None:
     async def test() -> None:
-        gateway = Gateway(Hand(), {}, lambda: 0, Limits())
-        transport = httpx.ASGITransport(gateway.app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        hand = Hand()
+        hand.workers = 0
+        async with serving(hand) as (client, _):
             answer = await client.get("/health")
         assert (answer.status_code, answer.json()["status"]) == (503, "no worker runs")
         assert json.loads(answer.content)["workers"] == 0
