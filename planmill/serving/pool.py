@@ -43,6 +43,7 @@ def listen(folder: Path, answer: Answer) -> threading.Thread:
 
 
 def _serve(connection: socket.socket, answer: Answer) -> None:
+    """Answer batches until the other side hangs up. What breaks it ends the connection, which the sender sees."""
     with connection, connection.makefile("rb") as incoming:
         while len(head := incoming.read(_LENGTH.size)) == _LENGTH.size:
             requests = pickle.loads(incoming.read(_LENGTH.unpack(head)[0]))

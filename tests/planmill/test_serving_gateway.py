@@ -2,8 +2,11 @@
 
 import asyncio
 import json
+import socket
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -12,6 +15,7 @@ import pytest
 from planmill.serving.dispatch import Limits
 from planmill.serving.gateway import Gateway
 from planmill.serving.payloads import JSON, NPY, SAFETENSORS
+from planmill.serving.pool import Pool, listen
 from planmill.serving.worker import Request, Response
 
 HEAD = {"content-type": JSON}
@@ -205,6 +209,37 @@ def test_the_end_finishes_what_was_accepted() -> None:
             await until(lambda: len(hand.batches) == 1)
             asyncio.get_running_loop().call_later(0.05, hand.open.set)
         assert (await post).status_code == 200
+
+    scenario(test)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_pool_outlives_its_workers(tmp_path: Path) -> None:
+    """One worker hangs up in the middle of an answer; one is gone before; then there is a new one."""
+
+    def answer(requests: Sequence[Request]) -> list[Response]:
+        if requests[0][0] == b"die":
+            sys.exit()  # ends the thread, and its connection
+        return [(200, kind, body) for body, kind, _ in requests]
+
+    async def test() -> None:
+        request = (b"x" * 300_000, JSON, JSON)
+        gone = socket.socket(socket.AF_UNIX)
+        gone.bind(str(tmp_path / "gone.sock"))
+        gone.close()
+        async with Pool(tmp_path) as pool:
+            assert pool.workers == 0
+            assert not list(tmp_path.iterdir())
+            waiting = asyncio.create_task(pool.answer([request]))
+            listen(tmp_path, answer)
+            assert await waiting == [(200, JSON, request[0])]
+            assert pool.workers == 1
+            for _ in range(3):
+                with pytest.raises(ConnectionError):
+                    await pool.answer([(b"die", JSON, JSON)])
+                both = await asyncio.gather(*(pool.answer([request] * n) for n in (2, 3)))
+                assert [len(answers) for answers in both] == [2, 3]
+            assert pool.workers == 1
 
     scenario(test)
 
