@@ -25,6 +25,7 @@ class Worker:
 
     def __init__(self, path: str, images: ImageSettings, threads: int) -> None:
         self._threads = threads
+        torch.set_num_threads(threads)  # some targets read it when a plan is loaded
         self._session = Session(path)
         self._images = images
         self._names = [spec.name for spec in self._session.outputs]
