@@ -9,11 +9,13 @@ def _direction(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_alpha: torch.Tensor, S: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     def step(state: State, x: State, _: State) -> tuple[State, State]:
-        q_t, k_t, v_t, log_t = x
-        after = log_t.exp()[..., None] * state[0] + k_t[..., None] * v_t[..., None, :]
-        return [after], [(q_t[..., None] * after).sum(2)]
+        q_t, k_t, v_t, alpha_t = x
+        after = alpha_t * state[0] + k_t * v_t
+        return [after], [(q_t * after).sum(2)]
 
-    (last,), (o,) = scan(step, [S], [x.transpose(0, 1) for x in (q, k, v, log_alpha)])
+    # Every reshape stands outside the loop: TensorRT 1.7 moves one out by itself where a cast comes before it, wrongly.
+    columns = [x.transpose(0, 1)[..., None] for x in (q, k, log_alpha.exp())]  # [N, B, H, dk, 1]
+    (last,), (o,) = scan(step, [S], [*columns[:2], v.transpose(0, 1)[..., None, :], columns[2]])
     return o.transpose(0, 1), last
 
 

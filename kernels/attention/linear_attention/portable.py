@@ -20,17 +20,18 @@ def linear_attention_portable(
         f = torch.where(mask[:, None, :, None], f, 0)
         values = torch.where(mask[:, None, :, None], values, 0)
     tokens = q.shape[2]
-    chunks = (tokens + CHUNK - 1) // CHUNK
+    chunks = tokens // CHUNK + 2  # one more than needed: torch can tell that it is not 1, a size that it fixes
     padding = (0, 0, 0, chunks * CHUNK - tokens)
-    split = [F.pad(x, padding).unflatten(2, (chunks, CHUNK)).movedim(2, 0) for x in (r, f, values)]
+    r, f, values = (F.pad(x, padding).unflatten(2, (chunks, CHUNK)).movedim(2, 0) for x in (r, f, values))
 
     def step(state: State, now: State, _: State) -> tuple[State, State]:
-        a, b, c = now
+        a, b, c = now  # [B, H, CHUNK, d], [B, H, d, CHUNK], [B, H, CHUNK, dv + 1]
         seen = (c - c).cumsum(2)
-        o = (a @ b.mT).tril() @ torch.where(c.isfinite(), c, 0) + seen + a @ state[0]
-        return [state[0] + b.mT @ c], [o]
+        o = (a @ b).tril() @ torch.where(c.isfinite(), c, 0) + seen + a @ state[0]
+        return [state[0] + b @ c], [o]
 
-    _, (o,) = scan(step, [r.new_zeros(*f.shape[:2], f.shape[3], values.shape[3])], split)
+    start = r.new_zeros(*f.shape[1:3], f.shape[4], values.shape[4])
+    _, (o,) = scan(step, [start], [r, f.mT, values])  # reshapes outside the loop: see gated_linear_attention
     o = o.movedim(0, 2).flatten(2, 3)[:, :, :tokens]
     total = o[..., -1:] + eps if normalize else 1
     return (o[..., :-1] / total).to(q.dtype)

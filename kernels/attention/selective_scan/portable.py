@@ -14,21 +14,19 @@ def selective_scan_portable(
     x, dl, a = u.float(), delta.float(), A.float()
     dl = dl + delta_bias.float()[:, None] if delta_bias.numel() else dl
     dl = F.softplus(dl) if delta_softplus else dl
-    channels = u.shape[1] // B.shape[1]  # of a group
+    groups, channels = B.shape[1], u.shape[1] // B.shape[1]
 
     def step(state: State, now: State, constants: State) -> tuple[State, State]:
-        x_t, dl_t, B_t, C_t = now  # [B, Di], [B, Di], [B, G, Ns], [B, G, Ns]
-        b, c = (t[:, :, None].expand(-1, -1, channels, -1).flatten(1, 2) for t in (B_t, C_t))
-        h = torch.exp(dl_t[..., None] * constants[0]) * state[0] + (dl_t * x_t)[..., None] * b
-        return [h], [(h * c).sum(2)]
+        dl_t, x_t, B_t, C_t = now  # [B, G, c, 1] twice, [B, G, 1, Ns] twice
+        h = torch.exp(dl_t * constants[0]) * state[0] + x_t * B_t
+        return [h], [(h * C_t).sum(3)]
 
-    (h,), (rows,) = scan(
-        step,
-        [x.new_zeros(*u.shape[:2], A.shape[1])],
-        [x.permute(2, 0, 1), dl.permute(2, 0, 1), B.float().permute(3, 0, 1, 2), C.float().permute(3, 0, 1, 2)],
-        [a],
-    )
-    y = rows.permute(1, 2, 0)
+    # Every reshape stands outside the loop: see gated_linear_attention.
+    rows = [t.permute(2, 0, 1).unflatten(2, (groups, channels))[..., None] for t in (dl, dl * x)]
+    shared = [t.float().permute(3, 0, 1, 2)[..., None, :] for t in (B, C)]
+    start = x.new_zeros(u.shape[0], groups, channels, A.shape[1])
+    (h,), (y,) = scan(step, [start], [*rows, *shared], [a.unflatten(0, (groups, channels))])
+    h, y = h.flatten(1, 2), y.flatten(2, 3).permute(1, 2, 0)
     y = y + D.float()[:, None] * x if D.numel() else y
     y = y * F.silu(z.float()) if z.numel() else y
     return y.to(u.dtype), h
