@@ -8,26 +8,28 @@ import torch
 from torch import nn
 
 from planmill.engine import DynamicDim, Session, build
-from planmill.kernels.neighbors import DictionaryLookup
+from planmill.kernels.neighbors import DictionaryLookup, MemoryBank
 
 
 class Inspector(nn.Module):
-    """Two blocks, each tokens looked up in a dictionary of good ones, the second without generators; [B, 12, 16]."""
+    """Tokens looked up twice in a dictionary of good ones, and the result scored against a bank; [B, 12, 16]."""
 
     def __init__(self) -> None:
         super().__init__()
         good = torch.randn(40, 16)
         self.first = DictionaryLookup(16, heads=2).fit(good)
         self.second = DictionaryLookup(16, weighting="entmax15", generated=False).fit(good)
+        self.bank = MemoryBank.fit(torch.randn(200, 16))
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         found, distance = self.first(x)
         again, further = self.second(x + found)
-        return again, distance, further
+        scores, image_scores = self.bank(again)
+        return again, distance, further, scores, image_scores
 
 
 def inspector() -> tuple[nn.Module, torch.Tensor, set[str]]:
-    return Inspector(), torch.randn(2, 12, 16), {"planmill::dictionary_lookup"}
+    return Inspector(), torch.randn(2, 12, 16), {"planmill::dictionary_lookup", "planmill::knn"}
 
 
 MODELS: list[Callable[[], tuple[nn.Module, torch.Tensor, set[str]]]] = [inspector]
