@@ -14,9 +14,12 @@ def scale_of(*tensors: torch.Tensor) -> torch.Tensor:
 
 
 def screened(q: torch.Tensor, x: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """Squared distances [n, m] up to a constant of each query, by products of centred rows; inf where not valid."""
-    mean = x.mean(0)
-    a, b = q - mean, x - mean
+    """Squared distances [n, m] up to a constant of each query, by products of centred rows; inf where not valid.
+
+    The centre is a row and not the mean: small integers stay small integers, and their ties stay ties.
+    """
+    centre = x.index_select(0, valid.any(0).int().argmax(0, keepdim=True))
+    a, b = q - centre, x - centre
     return torch.where(valid, b.square().sum(1) - 2 * a @ b.T, torch.inf)
 
 
