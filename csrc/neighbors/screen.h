@@ -70,6 +70,14 @@ struct ScreenKernels {
   int64_t (*list_above)(float* t, int64_t columns, RowStats left, StatsView right, bool bounded, float threshold,
                         int32_t* found, float* low, float* high);
 
+  // lower_bounds with the second largest lower bounds as well, `left_step` and `right_step` behind the largest ones.
+  void (*two_lower_bounds)(float* t, int64_t rows, int64_t columns, int64_t ld, StatsView left, StatsView right,
+                           float* low_left, int64_t left_step, float* low_right, int64_t right_step);
+  // Columns of one row of inner products that may be its best (upper bound of v >= threshold) or whose best it may be
+  // (>= low_right), each with the upper bound of the inner product.
+  int64_t (*list_pairs)(const float* t, int64_t columns, RowStats left, StatsView right, float threshold,
+                        const float* low_right, int32_t* found, float* upper);
+
   // Exact float32 work on candidates.
   void (*squared_distances)(const float* x, const float* const* y, int64_t count, int64_t d, float* out);
   void (*dots)(const float* x, const float* const* y, int64_t count, int64_t d, float* out);

@@ -9,6 +9,39 @@
 namespace planmill {
 namespace {
 
+inline float from_bf16(uint32_t bits) {
+  const uint32_t word = bits << 16;
+  float value;
+  __builtin_memcpy(&value, &word, 4);
+  return value;
+}
+
+inline uint32_t to_bf16(float value) {  // nearest even; the values are finite
+  uint32_t word;
+  __builtin_memcpy(&word, &value, 4);
+  return (word + 0x7fff + ((word >> 16) & 1)) >> 16;
+}
+
+// bf16: rows of length one. The float32 sum of D products errs by at most |x||y| D 2^-24, counted in `res`.
+template <class V>
+void quantize_bf16(const float* x, int64_t d, int64_t pairs, bool rounded, uint32_t* out, RowStats* stats) {
+  const float squares = sum_of_squares<V>(x, d), norm = __builtin_sqrtf(squares);
+  const float scale = norm > 0.0f ? 1.0f / norm : 0.0f, inv = norm;
+  auto* q = reinterpret_cast<uint16_t*>(out);
+  float rest = 0.0f, rounded_squares = 0.0f;
+  for (int64_t i = 0; i < d; ++i) {
+    const uint32_t bits = to_bf16(x[i] * scale);
+    const float back = from_bf16(bits) * inv, gap = x[i] - back;
+    q[i] = static_cast<uint16_t>(bits);
+    rest += gap * gap;
+    rounded_squares += back * back;
+  }
+  for (int64_t i = d; i < 2 * pairs; ++i) q[i] = 0;
+  const float sum_error = static_cast<float>(d) * 6.0e-8f * norm;
+  *stats = {inv, 0.5f * (rounded ? rounded_squares : squares), norm * kUp + kTiny,
+            __builtin_sqrtf(rest) * kUp + 1e-6f * norm + sum_error};
+}
+
 #ifdef PLANMILL_EMULATE
 using Vec = VecGeneric<16>;
 #include "common/amx_emulation.h"
@@ -109,6 +142,8 @@ const ScreenKernels* screen_amx() {
                                             &maxima<Vec, false>,
                                             &group_bounds<Vec, false>,
                                             &list_above<Vec, false>,
+                                            &two_lower_bounds<Vec, false>,
+                                            &list_pairs<Vec>,
                                             &against_all<Vec, true>,
                                             &against_all<Vec, false>};
   return &kernels;

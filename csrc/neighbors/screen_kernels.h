@@ -5,6 +5,7 @@
 
 #include "common/vec.h"
 #include "neighbors/screen.h"
+#include "neighbors/screen_exact.h"
 
 namespace planmill {
 namespace {
@@ -84,39 +85,6 @@ void quantize_integers(const float* x, int64_t d, int64_t pairs, bool rounded, u
 template <int Multiple>
 int64_t words_of_pairs(int64_t d) {
   return ((d + 1) / 2 + Multiple - 1) / Multiple * Multiple;
-}
-
-inline float from_bf16(uint32_t bits) {
-  const uint32_t word = bits << 16;
-  float value;
-  __builtin_memcpy(&value, &word, 4);
-  return value;
-}
-
-inline uint32_t to_bf16(float value) {  // nearest even; the values are finite
-  uint32_t word;
-  __builtin_memcpy(&word, &value, 4);
-  return (word + 0x7fff + ((word >> 16) & 1)) >> 16;
-}
-
-// bf16: rows of length one. The float32 sum of D products errs by at most |x||y| D 2^-24, counted in `res`.
-template <class V>
-void quantize_bf16(const float* x, int64_t d, int64_t pairs, bool rounded, uint32_t* out, RowStats* stats) {
-  const float squares = sum_of_squares<V>(x, d), norm = __builtin_sqrtf(squares);
-  const float scale = norm > 0.0f ? 1.0f / norm : 0.0f, inv = norm;
-  auto* q = reinterpret_cast<uint16_t*>(out);
-  float rest = 0.0f, rounded_squares = 0.0f;
-  for (int64_t i = 0; i < d; ++i) {
-    const uint32_t bits = to_bf16(x[i] * scale);
-    const float back = from_bf16(bits) * inv, gap = x[i] - back;
-    q[i] = static_cast<uint16_t>(bits);
-    rest += gap * gap;
-    rounded_squares += back * back;
-  }
-  for (int64_t i = d; i < 2 * pairs; ++i) q[i] = 0;
-  const float sum_error = static_cast<float>(d) * 6.0e-8f * norm;
-  *stats = {inv, 0.5f * (rounded ? rounded_squares : squares), norm * kUp + kTiny,
-            __builtin_sqrtf(rest) * kUp + 1e-6f * norm + sum_error};
 }
 
 // Panels for vector kernels: word p of lane l at [p][l]. Blocks of 16 words keep both sides in the cache.
@@ -260,6 +228,60 @@ Counts candidates(const float* t, int64_t columns, RowStats left, StatsView righ
   return counts;
 }
 
+// As lower_bounds, with the second largest lower bound of every row in low_left[left_step + r] and low_right[right_step + c].
+template <class V, bool Integer>
+void two_lower_bounds(float* t, int64_t rows, int64_t columns, int64_t ld, StatsView left, StatsView right,
+                      float* low_left, int64_t left_step, float* low_right, int64_t right_step) {
+  for (int64_t r = 0; r < rows; ++r) {
+    float* row = t + r * ld;
+    const RowStats own = stats_of(left, r);
+    const Bound<V> bound(own);
+    const auto inv = V::set1(own.inv), half = V::set1(own.half);
+    auto best = V::set1(kLowest), second = best;
+    for (int64_t c = 0; c < columns; c += V::kWidth) {
+      const auto product = V::mul(V::mul(raw_product<V, Integer>(row + c), inv), V::load(right.inv + c));
+      V::store(row + c, product);
+      const auto certain = V::sub(product, bound(right.norm + c, right.res + c));
+      const auto mine = V::sub(certain, V::load(right.half + c)), theirs = V::sub(certain, half);
+      second = V::max(V::min(mine, best), second);
+      best = V::max(mine, best);
+      const auto column = V::load(low_right + c);
+      V::store(low_right + right_step + c, V::max(V::min(theirs, column), V::load(low_right + right_step + c)));
+      V::store(low_right + c, V::max(theirs, column));
+    }
+    float lanes[2 * V::kWidth];
+    V::store(lanes, best);
+    V::store(lanes + V::kWidth, second);
+    float &first = low_left[r], &next = low_left[left_step + r];
+    for (const float value : lanes) {
+      next = value > first ? first : value > next ? value : next;
+      first = value > first ? value : first;
+    }
+  }
+}
+
+template <class V>
+int64_t list_pairs(const float* t, int64_t columns, RowStats left, StatsView right, float threshold,
+                   const float* low_right, int32_t* found, float* upper) {
+  const Bound<V> bound(left);
+  const auto limit = V::set1(threshold), half = V::set1(left.half);
+  int64_t count = 0;
+  for (int64_t c = 0; c < columns; c += V::kWidth) {
+    const auto possible = V::add(V::load(t + c), bound(right.norm + c, right.res + c));
+    uint32_t mask = V::mask_ge(V::sub(possible, V::load(right.half + c)), limit) |
+                    V::mask_ge(V::sub(possible, half), V::load(low_right + c));
+    if (mask == 0) continue;
+    float uppers[V::kWidth];
+    V::store(uppers, possible);
+    for (; mask != 0; mask &= mask - 1) {
+      const int lane = __builtin_ctz(mask);
+      found[count] = static_cast<int32_t>(c) + lane;
+      upper[count++] = uppers[lane];
+    }
+  }
+  return count;
+}
+
 template <class V, bool Integer>
 void maxima(float* t, int64_t rows, int64_t columns, int64_t ld, StatsView left, StatsView right, float* best_left,
             float* best_right) {
@@ -321,44 +343,6 @@ int64_t list_above(float* t, int64_t columns, RowStats left, StatsView right, bo
   return count;
 }
 
-// Four rows at a time against one: x is loaded once, and four sums hide the latency of the multiply-adds.
-template <class V, bool Distance, int Rows>
-inline void against(const float* x, const float* const* y, int64_t d, float* out) {
-  typename V::F acc[Rows];
-  float tail[Rows];
-#pragma GCC unroll 4
-  for (int r = 0; r < Rows; ++r) acc[r] = V::zero(), tail[r] = 0.0f;
-  int64_t i = 0;
-  for (; i + V::kWidth <= d; i += V::kWidth) {
-    const auto u = V::load(x + i);
-#pragma GCC unroll 4
-    for (int r = 0; r < Rows; ++r) {
-      const auto w = V::load(y[r] + i);
-      if constexpr (Distance) {
-        const auto gap = V::sub(u, w);
-        acc[r] = V::fma(gap, gap, acc[r]);
-      } else {
-        acc[r] = V::fma(u, w, acc[r]);
-      }
-    }
-  }
-  for (; i < d; ++i)
-#pragma GCC unroll 4
-    for (int r = 0; r < Rows; ++r) {
-      const float gap = x[i] - y[r][i];
-      tail[r] += Distance ? gap * gap : x[i] * y[r][i];
-    }
-#pragma GCC unroll 4
-  for (int r = 0; r < Rows; ++r) out[r] = V::sum(acc[r]) + tail[r];
-}
-
-template <class V, bool Distance>
-void against_all(const float* x, const float* const* y, int64_t count, int64_t d, float* out) {
-  int64_t r = 0;
-  for (; r + 4 <= count; r += 4) against<V, Distance, 4>(x, y + r, d, out + r);
-  for (; r < count; ++r) against<V, Distance, 1>(x, y + r, d, out + r);
-}
-
 template <class V, int MR, int NV>
 constexpr ScreenKernels integer_kernels(const char* name, int64_t left_rows) {
   return {name,
@@ -378,6 +362,8 @@ constexpr ScreenKernels integer_kernels(const char* name, int64_t left_rows) {
           &maxima<V, true>,
           &group_bounds<V, true>,
           &list_above<V, true>,
+          &two_lower_bounds<V, true>,
+          &list_pairs<V>,
           &against_all<V, true>,
           &against_all<V, false>};
 }

@@ -33,6 +33,32 @@ Rows::Rows(const at::Tensor& contiguous, int64_t d)
 Rows::Rows(const at::Tensor& contiguous, int64_t d, const int32_t* chosen, int64_t count)
     : data_(contiguous.const_data_ptr()), type_(contiguous.scalar_type()), count_(count), d_(d), chosen_(chosen) {}
 
+Rows::Rows(const Rows* first, double first_length, const Rows* second, double second_length)
+    : count_(first->count()), d_(first->width() + second->width()), parts_{first, second},
+      part_lengths_{first_length, second_length} {}
+
+const float* Rows::put_together(int64_t i, float* scratch) const {
+  float* out = scratch;
+  for (int p = 0; p < 2; ++p) {
+    const int64_t d = parts_[p]->width();
+    if (d == 0) continue;
+    const float* x = parts_[p]->get(i, out);
+    const double length = parts_[p]->length(i, x), scale = part_lengths_[p] / length;
+    if (!(length > 0.0 && std::isfinite(length))) {
+      scratch[0] = std::numeric_limits<float>::quiet_NaN();
+      return scratch;
+    }
+    if (scale > 1.0e-30 && scale < 1.0e30) {
+      const auto factor = static_cast<float>(scale);
+      for (int64_t c = 0; c < d; ++c) out[c] = x[c] * factor;
+    } else {  // such a factor would leave float32's range, or come near its end
+      for (int64_t c = 0; c < d; ++c) out[c] = static_cast<float>(x[c] * scale);
+    }
+    out += d;
+  }
+  return scratch;
+}
+
 void Rows::measure() {
   lengths_.resize(static_cast<size_t>(count_));
   at::parallel_for(0, count_, std::max<int64_t>(1, 32768 / std::max<int64_t>(d_, 1)), [&](int64_t begin, int64_t end) {
@@ -44,6 +70,7 @@ void Rows::measure() {
 double Rows::length(int64_t i, const float* x) const { return lengths_.empty() ? length_of_row(x, d_) : lengths_[i]; }
 
 const float* Rows::get(int64_t i, float* scratch) const {
+  if (parts_[0] != nullptr) return put_together(i, scratch);
   if (chosen_ != nullptr) i = chosen_[i];
   if (type_ == at::kFloat) return static_cast<const float*>(data_) + i * d_;
   if (type_ == at::kBFloat16) {

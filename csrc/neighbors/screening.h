@@ -20,6 +20,9 @@ class Rows {
  public:
   explicit Rows(const at::Tensor& contiguous, int64_t d);
   Rows(const at::Tensor& contiguous, int64_t d, const int32_t* chosen, int64_t count);
+  // Rows of two measured matrices (the second may have width 0) side by side, each brought to a length; NaN in place of a
+  // row without a direction: zero in one of them, or with NaN or infinity.
+  Rows(const Rows* first, double first_length, const Rows* second, double second_length);
   int64_t count() const { return count_; }
   int64_t width() const { return d_; }
   // Row i as float32; `scratch` [d] is used where the matrix is not float32.
@@ -35,11 +38,15 @@ class Rows {
   double length(int64_t i, const float* x) const;
 
  private:
+  const float* put_together(int64_t i, float* scratch) const;
+
   std::vector<double> lengths_;
-  const void* data_;
-  at::ScalarType type_;
+  const void* data_ = nullptr;
+  at::ScalarType type_ = at::kDouble;  // of rows put together: none of the three
   int64_t count_, d_;
   const int32_t* chosen_ = nullptr;
+  const Rows* parts_[2] = {};
+  double part_lengths_[2] = {};
 };
 
 enum class Metric { kL2, kDot, kCosine };

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from planmill.engine import DynamicDim, Session, build
-from planmill.kernels.neighbors import DictionaryLookup, MemoryBank
+from planmill.kernels.neighbors import DictionaryLookup, MemoryBank, match_mutually
 
 
 class Inspector(nn.Module):
-    """Tokens looked up twice in a dictionary of good ones, and the result scored against a bank; [B, 12, 16]."""
+    """Tokens looked up twice in a dictionary of good ones, scored against a bank, and matched; [B, 12, 16]."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -25,11 +25,16 @@ class Inspector(nn.Module):
         found, distance = self.first(x)
         again, further = self.second(x + found)
         scores, image_scores = self.bank(again)
-        return again, distance, further, scores, image_scores
+        matches = match_mutually(x, again, second=(x, found), weights=(0.6, 0.8), ratio=0.98)
+        return again, distance, further, scores, image_scores, matches.scores, matches.indices.float()
 
 
 def inspector() -> tuple[nn.Module, torch.Tensor, set[str]]:
-    return Inspector(), torch.randn(2, 12, 16), {"planmill::dictionary_lookup", "planmill::knn"}
+    return (
+        Inspector(),
+        torch.randn(2, 12, 16),
+        {"planmill::dictionary_lookup", "planmill::knn", "planmill::mutual_matching"},
+    )
 
 
 MODELS: list[Callable[[], tuple[nn.Module, torch.Tensor, set[str]]]] = [inspector]

@@ -113,10 +113,11 @@ def compare(args: tuple, got: tuple, want: tuple, atol: float, rtol: float) -> N
     assert indices.dtype == torch.int32
     torch.testing.assert_close(scores, want[0], atol=DISTANCE * size**2, rtol=0)
     a, b = (fuse(features[side], features[2 + side], weight, weight2) for side in (0, 1))
+    given_a, given_b = (torch.cat([features[side], features[2 + side]], -1) for side in (0, 1))
     for entry in range(len(a)):
         distance = torch.cdist(a[entry], b[entry], compute_mode="donot_use_mm_for_euclid_dist")
-        _check_nearest(distance, nearest[entry], b[entry], tolerance)
-        _check_nearest(distance.mT, back[entry], a[entry], tolerance)
+        _check_nearest(distance, nearest[entry], given_b[entry], tolerance)
+        _check_nearest(distance.mT, back[entry], given_a[entry], tolerance)
         own = torch.arange(len(a[entry]))
         there = nearest[entry].long().clamp_min(0)
         mutual = torch.zeros(len(own), dtype=torch.bool)

@@ -45,6 +45,7 @@ SPEC = OpSpec(
     cases=cases,
     compare=compare,
     backward=backward,
+    cpu="C++",
     cuda="_triton:launch",
 )
 _op, _call = register(SPEC)

@@ -48,8 +48,8 @@ class Draw:
             x = x * (torch.rand(*shape[:-1], 1, generator=self.g) > 0.5)
         elif kind == "near":
             x = x[..., :1, :] + 1e-4 * x
-        if self.size(0, 0, 0, 0, 0, 1):
-            rows = x.view(-1, shape[-1])
+        if x.numel() and self.size(0, 0, 0, 0, 0, 1):
+            rows = x.flatten(0, -2)
             hit = torch.randint(len(rows), (max(1, len(rows) // 20),), generator=self.g)
             rows[hit, self.size(0, shape[-1] - 1)] = float(self.pick(torch.nan, torch.inf, -torch.inf))
         return x
@@ -84,8 +84,19 @@ def segmented_max(draw: Draw, dtype: torch.dtype, d: int) -> tuple:
     return q, x, torch.tensor([0, *cuts, m], dtype=torch.int32)
 
 
+def mutual_matching(draw: Draw, dtype: torch.dtype, d: int) -> tuple:
+    n, m, d2 = draw.size(1, 7, 13, 130), draw.size(1, 12, 97, 300), draw.size(0, 0, 5)
+    maps = [draw.data(1, rows, width) for width in (d, d2) for rows in (n, m)]
+    if draw.size(0, 0, 1):
+        shared = min(n, m)
+        maps[1][:, :shared] = maps[0][:, :shared] + draw.pick(0.0, 0.3) * torch.randn(1, shared, d, generator=draw.g)
+    return *(x.to(dtype) for x in maps), draw.pick(1.0, 0.3), draw.pick(1.0, 2.0), draw.pick(1.0, 1.0, 0.9, 0.7)
+
+
 @pytest.mark.usefixtures("two_threads")
-@pytest.mark.parametrize("make", [knn, mutual_score, bank_score, segmented_max], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "make", [knn, mutual_score, bank_score, segmented_max, mutual_matching], ids=lambda f: f.__name__
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_random_inputs(make: Callable[..., tuple], dtype: torch.dtype) -> None:
     spec = ops()[make.__name__]
