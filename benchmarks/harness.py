@@ -28,7 +28,7 @@ FIELDS = (
     *("op", "case", "dtype", "device", "impl", "peer", "p20_ms", "p50_ms", "p80_ms", "peer_p50_ms", "ratio", "goal"),
     *("max_error", "extra_bytes", "flops_per_s", "bytes_per_s", "gemm_flops_per_s", "copy_bytes_per_s", "commit"),
     *("versions", "goals", "peer_p20_ms", "peer_p80_ms", "peer_max_error", "peer_extra_bytes"),
-    *("rounds", "sweep", "seed", "time", "quick"),
+    *("rounds", "sweep", "seed", "time", "quick", "p99_ms", "peer_p99_ms"),
 )
 
 Row = dict[str, Any]
@@ -180,6 +180,7 @@ def execute(run: Run, session: Session) -> list[Row]:
         row = dict.fromkeys(FIELDS) | shared
         row |= {"peer": name, "p20_ms": ours.p20, "p50_ms": ours.p50, "p80_ms": ours.p80}
         row |= {"peer_p20_ms": peer.p20, "peer_p50_ms": peer.p50, "peer_p80_ms": peer.p80}
+        row |= {"p99_ms": ours.p99, "peer_p99_ms": peer.p99}
         row |= {"ratio": peer.p50 / ours.p50, "rounds": len(samples[""])}
         row |= {"max_error": errors.get(""), "peer_max_error": errors.get(name)}
         row |= {"extra_bytes": memory.get(""), "peer_extra_bytes": memory.get(name)}

@@ -19,10 +19,11 @@ class Quantiles:
     p20: float
     p50: float
     p80: float
+    p99: float
 
     @classmethod
     def of(cls, samples: list[float]) -> "Quantiles":
-        return cls(*(float(q) for q in numpy.percentile(samples, [20, 50, 80])))
+        return cls(*(float(q) for q in numpy.percentile(samples, [20, 50, 80, 99])))
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ def _site(program: Program, layer: Call) -> _Site | None:
         if rows.target is aten.flatten.using_ints:
             return program.emit(layer, rows.target, y, *rows.args[1:])
         sizes = [*rows.args[1][:-1], shape_of(y)[-1]]
-        return program.emit(layer, rows.target, y, sizes)
+        return program.emit(layer, aten.reshape.default, y, sizes)  # a view may ask for strides that y has not
 
     return _Site(x.args[0], finish)
 
