@@ -10,6 +10,7 @@
 #include <bit>
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <string_view>
 
 #include "neighbors/listing.h"
@@ -139,15 +140,28 @@ bool Screen::run(float* values, int32_t* indices, std::vector<int64_t>& unanswer
       });
     }
     std::vector<char> answered(static_cast<size_t>(count), 1);
+    std::vector<int32_t> order(static_cast<size_t>(count)), lowest(static_cast<size_t>(count), 0);
+    std::iota(order.begin(), order.end(), 0);
     at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
       Workspace w;
-      std::vector<float> scratch(static_cast<size_t>(d));
-      std::vector<Neighbor> found;
       std::vector<int32_t> rows;
       for (int64_t i = begin; i < end; ++i) {
         if (sharp && left.valid(i)) screening.sharpen(first + i, lists[i], w);
         else lists[i].cut();
         answered[i] = !lists[i].abandoned() && lists[i].size() <= evaluated;
+        lists[i].rows(rows);
+        if (!rows.empty()) lowest[i] = *std::min_element(rows.begin(), rows.end());
+      }
+    });
+    // Queries that look alike share most of their rows: one after the other, they find them in cache.
+    std::stable_sort(order.begin(), order.end(), [&](int32_t i, int32_t j) { return lowest[i] < lowest[j]; });
+    at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+      Workspace w;
+      std::vector<float> scratch(static_cast<size_t>(d));
+      std::vector<Neighbor> found;
+      std::vector<int32_t> rows;
+      for (int64_t at = begin; at < end; ++at) {
+        const int64_t i = order[at];
         if (!answered[i]) continue;
         lists[i].rows(rows);
         found.resize(rows.size());
@@ -155,8 +169,8 @@ bool Screen::run(float* values, int32_t* indices, std::vector<int64_t>& unanswer
         const auto kept = std::min<int64_t>(q.k, static_cast<int64_t>(found.size()));
         std::partial_sort(found.begin(), found.begin() + kept, found.end());
         found.resize(static_cast<size_t>(kept));
-        const int64_t at = position(first + i) * q.k;
-        write_row(found, q.k, q.metric, values + at, indices + at);
+        const int64_t out = position(first + i) * q.k;
+        write_row(found, q.k, q.metric, values + out, indices + out);
       }
     });
     for (int64_t i = 0; i < count; ++i)
