@@ -31,6 +31,9 @@ from planmill.engine.rewrites import rewrite as rewrite_program
 from planmill.engine.swap import accelerate as swap_blocks
 from planmill.engine.targets import Built, Options, Plugins, Runner, Target, find_target
 from planmill.engine.verify import TOLERANCES, Sampler, verify
+from planmill.kernels.common.spec import NAMESPACE
+
+_OURS = f"{NAMESPACE}::"
 
 Progress = Callable[[str, float], None]
 
@@ -181,7 +184,8 @@ def _manifest(
         inputs=captured.inputs,
         outputs=captured.outputs,
         dynamic=captured.dynamic,
-        ops=captured.ops,
+        # Lowered ones are not called by the plan: it does not need them where it runs.
+        ops=[op for op in captured.ops if not (tensorrt and tensorrt.plugin_mode == "none" and op.startswith(_OURS))],
         rewrites=captured.rewrites,
         versions=these_versions(),
         platform=this_machine(),

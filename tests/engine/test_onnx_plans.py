@@ -179,6 +179,7 @@ def test_the_manifest_says_what_was_built_and_what_was_proven(tmp_path: Path, mo
     assert read == plan.manifest
     assert read.receipt.verified == "onnx, not executed on device"
     assert "planmill::knn by reference" in read.receipt.proof
+    assert read.ops == ["planmill::knn"]
     assert read.tensorrt is not None
     assert read.tensorrt.model_dump() == {
         "version": "1.7.1.116",
