@@ -6,6 +6,7 @@ passes requests on one by one, which costs several milliseconds each.
 
 import asyncio
 import contextlib
+import io
 import logging
 import os
 import secrets
@@ -187,9 +188,11 @@ def _workers(path: Path, settings: Settings, folder: Path) -> Iterator[None]:
             raise PlanError(f"{path}: a worker cannot open it: {serve.status().applications[_APP].message}") from error
         yield
     finally:
-        with contextlib.suppress(Exception):
-            serve.shutdown()
-        ray.shutdown()
+        # Ray prints that its controller, which it has just ended, is to be started again.
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            with contextlib.suppress(Exception):
+                serve.shutdown()
+            ray.shutdown()
 
 
 def _run(
@@ -210,9 +213,11 @@ def _run(
     gateway = Gateway(pool, describe(plan), limits)
     config = uvicorn.Config(
         gateway.app,
-        log_level="warning",
+        log_level="error",
         access_log=False,
         lifespan="on",
+        http="h11",  # httptools holds headers of any length
+        h11_max_incomplete_event_size=16 << 10,
         timeout_keep_alive=75,
         timeout_graceful_shutdown=int(settings.drain_s) + 1,
         server_header=False,

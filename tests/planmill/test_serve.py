@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -136,6 +137,9 @@ def check_damaged_requests_get_a_4xx(server: Server) -> None:
         assert answer.status_code == 200 or 10 < len(answer.json()["error"]) < 500
     assert statuses.keys() <= {200, 400, 413, 415}, statuses
     assert statuses[400] > 20
+    with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=20) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nx: " + b"y" * 17_000)  # a head that does not end
+        assert connection.recv(12) == b"HTTP/1.1 400"
 
 
 def check_a_killed_worker_costs_only_what_it_had(server: Server) -> None:
