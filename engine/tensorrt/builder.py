@@ -46,6 +46,7 @@ class Job:
         sms: GPU architectures; for tensorrt none: it builds for the GPU of this machine.
         profile: smallest, optimal and largest shape of every input with a dynamic dimension.
         plugins: names of our ops in the file.
+        aot: put the kernels of these ops into the plan, instead of calls of Python (tensorrt only).
         memory_bytes: address space that the build may take beyond the libraries; None: all there is.
     """
 
@@ -56,6 +57,7 @@ class Job:
     sms: list[int]
     profile: dict[str, list[list[int]]]
     plugins: list[str]
+    aot: bool = False
     memory_bytes: int | None = None
 
 
@@ -147,9 +149,7 @@ def run_job(job: Job) -> Report:
     """
     trt = import_library(job.library)
     if job.plugins:
-        from planmill.engine.plugins import register_creators  # torch and all ops: only where they are needed
-
-        register_creators(trt, job.plugins)
+        _provide_plugins(trt, job)
     logger = _logger(trt)
     builder = trt.Builder(logger)
     if job.memory_bytes is not None:
@@ -169,6 +169,26 @@ def run_job(job: Job) -> Report:
     with Path(job.plan).open("wb") as file:
         file.write(plan)
     return Report("", trt.__version__, layers, plugins, round(seconds, 3))
+
+
+def _provide_plugins(trt: Any, job: Job) -> None:
+    """The plugins of the job's ops; imports torch and all ops, so only where there are any."""
+    if not job.aot:
+        from planmill.engine.plugins import register_creators
+
+        register_creators(trt, job.plugins)
+        return
+    import torch
+
+    from planmill.engine.plugins.declared import declare_op
+    from planmill.kernels import ops
+
+    if not torch.cuda.is_available():
+        raise PlanmillError("no GPU is here to build for: torch finds none")
+    major, minor = torch.cuda.get_device_capability()
+    declarations = importlib.import_module(f"{job.library}.plugin")
+    for name in job.plugins:
+        declare_op(trt, declarations, ops()[name], 10 * major + minor)
 
 
 def _logger(trt: Any) -> Any:
@@ -196,9 +216,12 @@ def _parse(trt: Any, builder: Any, logger: Any, job: Job) -> Any:
 def _parser_message(errors: list[Any]) -> str:
     if not errors:
         return "the ONNX file cannot be parsed"
-    error = errors[0]
-    where = f" at node {error.node_name()} ({error.node_operator()})" if error.node_operator() else ""
-    return f"the ONNX file cannot be parsed{where}: {error.desc().strip()}"
+    try:
+        name, operator, reason = errors[0].node_name(), errors[0].node_operator(), errors[0].desc().strip()
+    except UnicodeDecodeError:  # a damaged file's names
+        return "the ONNX file cannot be parsed: its text is not UTF-8"
+    where = f" at node {name} ({operator})" if operator else ""
+    return f"the ONNX file cannot be parsed{where}: {reason}"
 
 
 def _set_targets(trt: Any, config: Any, job: Job) -> None:

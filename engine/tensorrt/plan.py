@@ -13,6 +13,7 @@ from planmill.engine.plugins import DTYPES, plugin_name
 from planmill.engine.targets import Built, Options
 from planmill.engine.tensorrt.builder import Job, Library
 from planmill.engine.tensorrt.head import read_head
+from planmill.engine.tensorrt.kernels import check_kernels, mark_nodes
 from planmill.engine.tensorrt.loops import keep_casts_outside
 from planmill.engine.tensorrt.process import Builder, start_builder
 
@@ -28,6 +29,8 @@ def compile_captured(captured: Captured, folder: Path, options: Options, library
     """
     _check_options(options, library)
     check_dtypes(captured)
+    if options.plugins == "aot":
+        check_kernels(captured)
     with start_builder(folder) as builder:
         model = export_onnx(captured, folder, plugins=options.plugins)
         keep_casts_outside(model.path)
@@ -58,12 +61,13 @@ def build_onnx(
     sms = _architectures(options, library)
     job = Job(
         library=library,
-        onnx=str(model.path),
+        onnx=str(mark_nodes(model.path) if options.plugins == "aot" else model.path),
         plan=str(builder.folder / PAYLOAD),
         report=str(builder.folder / "report.json"),
         sms=sms,
         profile=shape_profile(inputs, dynamic),
         plugins=[plugin_name(op) for op in model.ops],
+        aot=options.plugins == "aot",
     )
     report = builder.build(job)
     payload = Path(job.plan)
@@ -122,10 +126,10 @@ def _architectures(options: Options, library: Library) -> list[int]:
 
 
 def _check_options(options: Options, library: Library) -> None:
-    if options.plugins == "aot":
+    if library == "tensorrt_rtx" and options.plugins == "aot":
         raise PlanError(
-            "plugins aot: TensorRT-RTX has no way in for kernels inside the plan, and for TensorRT they are not "
-            "written yet: build with --plugins python or none"
+            "plugins aot: TensorRT-RTX has no way in for kernels inside the plan: build with --plugins python or none, "
+            "or with --target tensorrt"
         )
     if library == "tensorrt" and options.sms:
         raise PlanError("target tensorrt builds for the GPU of this machine: leave out --sm")
