@@ -8,11 +8,14 @@ import torch
 from torch import nn
 
 from planmill.engine import DynamicDim, Session, build
-from planmill.kernels.neighbors import DictionaryLookup, MemoryBank, match_mutually
+from planmill.kernels.neighbors import DictionaryLookup, GridIndex, MemoryBank, match_mutually, minimize_by_segment
 
 
 class Inspector(nn.Module):
-    """Tokens looked up twice in a dictionary of good ones, scored against a bank, and matched; [B, 12, 16]."""
+    """Tokens looked up twice in a dictionary of good ones, scored against a bank and by place, matched; [B, 12, 16]."""
+
+    offsets: torch.Tensor
+    places: torch.Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -20,21 +23,25 @@ class Inspector(nn.Module):
         self.first = DictionaryLookup(16, heads=2).fit(good)
         self.second = DictionaryLookup(16, weighting="entmax15", generated=False).fit(good)
         self.bank = MemoryBank.fit(torch.randn(200, 16))
+        self.nearby = GridIndex(torch.randn(90, 16), positions=3 * torch.rand(90, 2), radius=1.5)
+        self.register_buffer("offsets", torch.tensor([0, 30, 90]))
+        self.register_buffer("places", torch.cartesian_prod(torch.arange(3), torch.arange(4)))
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         found, distance = self.first(x)
         again, further = self.second(x + found)
         scores, image_scores = self.bank(again)
+        tokens = again.flatten(0, 1)
+        local = self.nearby(tokens, 2, positions=self.places.repeat(x.shape[0], 1))[0]
+        parts = minimize_by_segment(tokens, self.nearby.features, self.offsets)[0]
         matches = match_mutually(x, again, second=(x, found), weights=(0.6, 0.8), ratio=0.98)
-        return again, distance, further, scores, image_scores, matches.scores, matches.indices.float()
+        pairs = matches.scores, matches.indices.float()
+        return again, distance, further, scores, image_scores, local.view(-1, 12, 2), parts.view(-1, 12, 2), *pairs
 
 
 def inspector() -> tuple[nn.Module, torch.Tensor, set[str]]:
-    return (
-        Inspector(),
-        torch.randn(2, 12, 16),
-        {"planmill::dictionary_lookup", "planmill::knn", "planmill::mutual_matching"},
-    )
+    ops = {"dictionary_lookup", "knn", "mutual_matching", "constrained_search", "segmented_min"}
+    return Inspector(), torch.randn(2, 12, 16), {f"planmill::{name}" for name in ops}
 
 
 MODELS: list[Callable[[], tuple[nn.Module, torch.Tensor, set[str]]]] = [inspector]
