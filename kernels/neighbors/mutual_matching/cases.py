@@ -75,8 +75,9 @@ def cases() -> list[Case]:
 
 def _first_twins(x: torch.Tensor) -> torch.Tensor:
     """For each row [N, D] the lowest row that is the same."""
-    _, group = torch.unique(x.nan_to_num(), dim=0, return_inverse=True)
     index = torch.arange(len(x))
+    alone = torch.where(x.isfinite().all(1, keepdim=True), 0.0, 1.0 + index[:, None])  # no twin of what matches nothing
+    _, group = torch.unique(torch.cat([x.double().nan_to_num(0, 0, 0), alone], 1), dim=0, return_inverse=True)
     return torch.full((len(x),), len(x)).scatter_reduce(0, group, index, "amin")[group]
 
 
