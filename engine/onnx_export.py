@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from onnxscript import opset20
 
 from planmill.engine.capture import Captured, custom_overloads, quiet_copies
 from planmill.engine.errors import PlanError, first_line
@@ -69,7 +70,7 @@ def export_onnx(captured: Captured, folder: Path, *, plugins: Plugins, largest: 
                 captured.program,
                 dynamo=True,
                 opset_version=OPSET,
-                custom_translation_table={op: translation(spec) for op, spec in ours.items()},
+                custom_translation_table=_STABLE | {op: translation(spec) for op, spec in ours.items()},
                 input_names=[spec.name for spec in captured.inputs],
                 output_names=[spec.name for spec in captured.outputs],
             )
@@ -80,6 +81,16 @@ def export_onnx(captured: Captured, folder: Path, *, plugins: Plugins, largest: 
     path = folder / _FILE
     made.save(str(path), external_data=_weight_bytes(captured) > largest)
     return OnnxModel(path, tuple(sorted(f"{NAMESPACE}::{spec.name}" for spec in ours.values())), OPSET)
+
+
+def _log_sigmoid(x: Any) -> Any:
+    """min(x, 0) - log(1 + exp(-|x|)); the exporter of torch 2.13 writes log(sigmoid(x)), -inf from about -90 on."""
+    one = opset20.CastLike(opset20.Constant(value_float=1.0), x)
+    rest = opset20.Log(opset20.Add(one, opset20.Exp(opset20.Neg(opset20.Abs(x)))))
+    return opset20.Sub(opset20.Neg(opset20.Relu(opset20.Neg(x))), rest)
+
+
+_STABLE: dict[Any, Any] = {torch.ops.aten.log_sigmoid.default: _log_sigmoid}
 
 
 def own_overloads(captured: Captured) -> list[torch._ops.OpOverload]:

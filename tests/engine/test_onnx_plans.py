@@ -81,7 +81,7 @@ def test_our_ops_by_reference_in_bfloat16(families: nn.Module, tmp_path: Path) -
 
 
 class Mixed(nn.Module):
-    """float16 with a float32 norm, integers and booleans: four inputs, three outputs, two dynamic dimensions."""
+    """float16 with a float32 norm, integers and booleans: four inputs, four outputs, two dynamic dimensions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -93,7 +93,8 @@ class Mixed(nn.Module):
         h = self.norm(self.table(tokens).float()).half()
         h = self.layer(h) * keep[..., None] + bias[:, None, None]
         y = attend_linearly(*[x[:, None]] * 3, causal=True)
-        return {"mean": h.mean(1), "count": keep.sum(1), "attended": y}
+        far = nn.functional.logsigmoid(100 * x)  # finite far below, where log(sigmoid(x)) is -inf
+        return {"mean": h.mean(1), "count": keep.sum(1), "attended": y, "far": far}
 
 
 def test_mixed_dtypes_two_dimensions_and_sequences_of_any_length(tmp_path: Path) -> None:
