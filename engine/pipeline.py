@@ -27,6 +27,7 @@ from planmill.engine.manifest import (
     Tolerance,
 )
 from planmill.engine.plan import Plan, check_destination, describe_payload, write_plan
+from planmill.engine.rewrites import DEFAULT
 from planmill.engine.rewrites import rewrite as rewrite_program
 from planmill.engine.swap import accelerate as swap_blocks
 from planmill.engine.targets import Built, Options, Plugins, Runner, Target, find_target
@@ -53,7 +54,7 @@ def build(
     tolerance: Tolerance | None = None,
     sample: Sampler | None = None,
     accelerate: bool = False,
-    rewrite: bool = True,
+    rewrite: bool | Sequence[str] = True,
     progress: Progress = lambda stage, fraction: None,
 ) -> Plan:
     """Turn a model into a plan file, and prove on the way that the plan computes what the model computes.
@@ -76,7 +77,7 @@ def build(
         sample: `sample(sizes, generator) -> inputs` in place of random ones, for a model that takes only some values.
         accelerate: build from the twin of the model whose known third-party blocks are Planmill's layers (see
             `planmill.engine.accelerate`); the plan is still verified against the model as it was given.
-        rewrite: apply the exact rewrites of planmill.engine.rewrites; the manifest names those that fired.
+        rewrite: apply the exact rewrites of planmill.engine.rewrites, or those named; the manifest names what fired.
         progress: `progress(stage, fraction)`, called as the stages "capture", "compile", "verify", "write" advance.
 
     Returns:
@@ -93,7 +94,7 @@ def build(
     kept = _plain_json(metadata or {})
     progress("capture", 0.0)
     captured = _capture(model, accelerate, example_inputs, dynamic, precision, output_names)
-    captured = rewrite_program(captured) if rewrite else captured
+    captured = rewrite_program(captured, DEFAULT if rewrite is True else rewrite or ())
     with tempfile.TemporaryDirectory(prefix="planmill-") as folder:
         progress("compile", 0.0)
         built = module.compile_program(captured, Path(folder), options)

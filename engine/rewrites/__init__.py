@@ -24,7 +24,8 @@ PASSES = (
     "one_upsample",
     "shared_convolution",
 )
-DEFAULT = PASSES
+# Sharing a convolution reads the image once and costs a copy behind the split: on a CPU more than it saves.
+DEFAULT = tuple(name for name in PASSES if name != "shared_convolution")
 _ROUNDS = 8
 
 

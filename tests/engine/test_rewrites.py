@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from planmill.engine import DynamicDim, PlanError, Session, build, capture
-from planmill.engine.rewrites import PASSES, rewrite
+from planmill.engine.rewrites import DEFAULT, PASSES, rewrite
 
 SMALL = DynamicDim("batch", 1, 3, 4)
 MEAN, STD = torch.tensor([0.5, 0.45, 0.4]).view(3, 1, 1), torch.tensor([0.23, 0.22, 0.24]).view(3, 1, 1)
@@ -188,7 +188,7 @@ def test_fires_and_computes_the_same(name: str) -> None:
     names, make = FIRES[name]
     model, x = make()
     captured = capture(model, x, dynamic=SMALL)
-    rewritten = rewrite(captured)
+    rewritten = rewrite(captured, PASSES)
     assert sorted(rewritten.rewrites) == sorted(names)
     run = rewritten.program.module()
     for sample in (torch.rand_like(x), torch.randn_like(x)[:1] * 3):
@@ -275,7 +275,7 @@ ALONE = {
 def test_look_alikes_stay_as_they_are(name: str) -> None:
     model, x = ALONE[name]()
     captured = capture(model, x, dynamic=SMALL)
-    assert rewrite(captured) is captured
+    assert rewrite(captured, PASSES) is captured
 
 
 @torch.no_grad()
@@ -309,6 +309,7 @@ def test_passes_by_name() -> None:
     captured = capture(model, x, dynamic=SMALL)
     assert rewrite(captured, ["linear_into_linear"]).rewrites == ["linear_into_linear"]
     assert rewrite(captured, []) is captured
+    assert set(PASSES) - set(DEFAULT) == {"shared_convolution"}
     with pytest.raises(PlanError, match=f"no rewrite named 'fold'; there are {PASSES[0]}, "):
         rewrite(captured, ["fold"])
 
@@ -335,7 +336,7 @@ def test_a_plan_names_its_rewrites_and_its_receipt_proves_them(tmp_path: Path) -
         mean=torch.rand(8, 1, 1),
         std=torch.rand(8, 1, 1) + 0.5,
     )
-    plan = build(model, x, tmp_path / "a.plan", dynamic=SMALL)
+    plan = build(model, x, tmp_path / "a.plan", dynamic=SMALL, rewrite=PASSES)
     assert sorted(plan.manifest.rewrites) == sorted(PASSES)
     assert max(output.max_rel for output in plan.manifest.receipt.outputs) < 1e-5
     with torch.no_grad(), Session(plan.path) as session:
