@@ -271,3 +271,8 @@ def test_profile(convolutional_plan: Plan, tmp_path: Path) -> None:
         session.profile(x, repeat=0)
     with pytest.raises(PlanError, match=r"a trace is a \.json file"):
         session.profile(x, trace=tmp_path / "missing" / "trace.json")
+
+
+def test_cuda_graphs_are_for_a_gpu(perceptron_plan: Plan) -> None:
+    with pytest.raises(PlanError, match="cuda_graphs: a plan of target aoti runs on the CPU"):
+        Session(perceptron_plan.path, cuda_graphs=True)
