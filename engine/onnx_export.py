@@ -26,6 +26,7 @@ from planmill.kernels.common.spec import NAMESPACE, REGISTRY
 
 OPSET = 20
 _FILE = "model.onnx"
+_onnx: Any = opset20  # its signatures do not admit values of a graph
 _LARGEST = 1 << 30  # bytes of weights inside the file: a protobuf ends at 2 GiB
 
 
@@ -85,9 +86,9 @@ def export_onnx(captured: Captured, folder: Path, *, plugins: Plugins, largest: 
 
 def _log_sigmoid(x: Any) -> Any:
     """min(x, 0) - log(1 + exp(-|x|)); the exporter of torch 2.13 writes log(sigmoid(x)), -inf from about -90 on."""
-    one = opset20.CastLike(opset20.Constant(value_float=1.0), x)
-    rest = opset20.Log(opset20.Add(one, opset20.Exp(opset20.Neg(opset20.Abs(x)))))
-    return opset20.Sub(opset20.Neg(opset20.Relu(opset20.Neg(x))), rest)
+    one = _onnx.CastLike(_onnx.Constant(value_float=1.0), x)
+    rest = _onnx.Log(_onnx.Add(one, _onnx.Exp(_onnx.Neg(_onnx.Abs(x)))))
+    return _onnx.Sub(_onnx.Neg(_onnx.Relu(_onnx.Neg(x))), rest)
 
 
 _STABLE: dict[Any, Any] = {torch.ops.aten.log_sigmoid.default: _log_sigmoid}
