@@ -43,8 +43,21 @@ def write_bank(path: str | Path, features: torch.Tensor, neighbors: torch.Tensor
     save_file(tensors, str(path), metadata={"format": FORMAT, "manifest": json.dumps(facts)})
 
 
-def read_bank(path: str | Path) -> tuple[torch.Tensor, torch.Tensor, Manifest]:
-    """Rows, neighbours and manifest of a file that `write_bank` wrote.
+def check_extractor(path: str | Path, manifest: Manifest, extractor: str | None) -> None:
+    """Whether a bank is of `extractor`; None: any will do.
+
+    Raises:
+        ValueError: it is of another one.
+    """
+    if extractor is not None and extractor != manifest.extractor:
+        raise ValueError(
+            f"MemoryBank.load: {path} holds features of {manifest.extractor!r}, not of {extractor!r}: distances "
+            "between features of two extractors mean nothing"
+        )
+
+
+def read_header(path: str | Path) -> tuple[Manifest, int, int]:
+    """Manifest, number of rows and width of a file that `write_bank` wrote; no row is read.
 
     Raises:
         ValueError: another file, or a damaged one.
@@ -57,15 +70,41 @@ def read_bank(path: str | Path) -> tuple[torch.Tensor, torch.Tensor, Manifest]:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
                 raise ValueError(f"MemoryBank.load: {path} is no saved MemoryBank ({FORMAT})")
-            features, neighbors = file.get_tensor("features"), file.get_tensor("neighbors")
+            shapes = [file.get_slice(name).get_shape() for name in ("features", "neighbors")]
+            kind = file.get_slice("neighbors").get_dtype()
         facts = json.loads(metadata["manifest"])
-        shape = (facts.pop("rows"), facts.pop("width"))
+        shape = [facts.pop("rows"), facts.pop("width")]
         manifest = Manifest(**facts)
     except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"MemoryBank.load: {path} is no saved MemoryBank: {error}") from error
-    table = (shape[0], min(manifest.reweighting, shape[0]))
-    if tuple(features.shape) != shape or tuple(neighbors.shape) != table or neighbors.dtype != torch.int32:
+    if shapes != [shape, [shape[0], min(manifest.reweighting, shape[0])]] or kind != "I32":
         raise ValueError(f"MemoryBank.load: {path} is damaged: its tensors do not fit its manifest")
-    if bool((neighbors < 0).any() | (neighbors >= shape[0]).any()):
+    return manifest, *shape
+
+
+def read_slice(path: str | Path, name: str, first: int, last: int) -> torch.Tensor:
+    """Rows [first, last) of "features" or "neighbors" of a file whose header has been read.
+
+    Raises:
+        ValueError: a neighbour is no row of the bank.
+    """
+    from safetensors import safe_open
+
+    with safe_open(str(path), framework="pt") as file:
+        part = file.get_slice(name)
+        rows = part.get_shape()[0]
+        tensor = part[first:last]
+    if name == "neighbors" and bool((tensor < 0).any() | (tensor >= rows).any()):
         raise ValueError(f"MemoryBank.load: {path} is damaged: a neighbour is no row of the bank")
-    return features, neighbors, manifest
+    return tensor
+
+
+def read_bank(path: str | Path) -> tuple[torch.Tensor, torch.Tensor, Manifest]:
+    """Rows, neighbours and manifest of a file that `write_bank` wrote.
+
+    Raises:
+        ValueError: another file, or a damaged one.
+        FileNotFoundError: no such file.
+    """
+    manifest, rows, _ = read_header(path)
+    return read_slice(path, "features", 0, rows), read_slice(path, "neighbors", 0, rows), manifest

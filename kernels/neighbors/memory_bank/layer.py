@@ -1,6 +1,6 @@
 """MemoryBank: PatchCore's memory, its search, and its scores."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import nn
 from planmill.kernels.common.checks import check_alike
 from planmill.kernels.neighbors.coreset.op import choose_coreset
 from planmill.kernels.neighbors.knn.op import MAX_K, find_neighbors
-from planmill.kernels.neighbors.memory_bank.file import Manifest, read_bank, write_bank
+from planmill.kernels.neighbors.memory_bank.file import Manifest, check_extractor, read_bank, write_bank
 from planmill.kernels.neighbors.memory_bank.stream import check_rows, collect
 
 ROWS_SEARCHED = 1024  # rows of the bank whose neighbours are looked up at a time
@@ -27,6 +27,27 @@ def nearest_rows(features: torch.Tensor, count: int) -> torch.Tensor:
         order = (found == own).int().argsort(dim=1, stable=True)
         table[first : first + len(rows)] = torch.cat([own, found.gather(1, order)[:, : count - 1]], 1)
     return table
+
+
+def weigh_images(
+    features: torch.Tensor,
+    distances: torch.Tensor,
+    indices: torch.Tensor,
+    neighborhood: Callable[[torch.Tensor], torch.Tensor | None],
+) -> torch.Tensor:
+    """Scores of images [...] from their patches [..., P, D], these patches' distances and nearest rows [..., P].
+
+    `neighborhood` gives for rows [...] (int64) the b rows [..., b, D] nearest to each, itself first; None where b is 1.
+    """
+    farthest = distances.argmax(-1, keepdim=True)
+    score = distances.gather(-1, farthest)[..., 0]
+    around = neighborhood(indices.gather(-1, farthest)[..., 0].clamp_min(0).long())
+    if around is None:
+        return score
+    x = features.gather(-2, farthest[..., None].expand(*farthest.shape, features.shape[-1])).double()
+    away = torch.linalg.vector_norm(x - around.double(), dim=-1)
+    weight = 1 - away.softmax(-1)[..., 0]
+    return torch.where(score < torch.inf, (weight * score).float(), score)
 
 
 class MemoryBank(nn.Module):
@@ -199,16 +220,10 @@ class MemoryBank(nn.Module):
             distances: [..., P] float32, from the nearest row.
             indices: [..., P] int32, that row.
         """
-        farthest = distances.argmax(-1, keepdim=True)
-        score = distances.gather(-1, farthest)[..., 0]
-        if self.neighbors.shape[1] == 1:
-            return score
-        x = features.gather(-2, farthest[..., None].expand(*farthest.shape, features.shape[-1])).double()
-        row = indices.gather(-1, farthest)[..., 0].clamp_min(0)
-        around = self.features[self.neighbors[row.long()].long()].double()
-        away = torch.linalg.vector_norm(x - around, dim=-1)
-        weight = 1 - away.softmax(-1)[..., 0]
-        return torch.where(score < torch.inf, (weight * score).float(), score)
+        return weigh_images(features, distances, indices, self._around)
+
+    def _around(self, rows: torch.Tensor) -> torch.Tensor | None:
+        return None if self.neighbors.shape[1] == 1 else self.features[self.neighbors[rows].long()]
 
     def _check_filled(self, op: str) -> None:
         if self.features.shape[0] == 0:
@@ -236,11 +251,7 @@ class MemoryBank(nn.Module):
             FileNotFoundError: no such file.
         """
         features, neighbors, manifest = read_bank(path)
-        if extractor is not None and extractor != manifest.extractor:
-            raise ValueError(
-                f"MemoryBank.load: {path} holds features of {manifest.extractor!r}, not of {extractor!r}: distances "
-                "between features of two extractors mean nothing"
-            )
+        check_extractor(path, manifest, extractor)
         bank = cls(reweighting=manifest.reweighting)
         bank.features, bank.neighbors, bank.manifest = features, neighbors, manifest
         return bank
