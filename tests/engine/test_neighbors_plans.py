@@ -8,11 +8,20 @@ import torch
 from torch import nn
 
 from planmill.engine import DynamicDim, Session, build
-from planmill.kernels.neighbors import DictionaryLookup, GridIndex, MemoryBank, match_mutually, minimize_by_segment
+from planmill.kernels.neighbors import (
+    DictionaryLookup,
+    GridIndex,
+    KMeans,
+    MemoryBank,
+    Retriever,
+    match_mutually,
+    minimize_by_segment,
+    retrieve_values,
+)
 
 
 class Inspector(nn.Module):
-    """Tokens looked up twice in a dictionary of good ones, scored against a bank and by place, matched; [B, 12, 16]."""
+    """Tokens looked up twice in a dictionary, scored by a bank, by place and by votes, matched; [B, 12, 16]."""
 
     offsets: torch.Tensor
     places: torch.Tensor
@@ -24,6 +33,8 @@ class Inspector(nn.Module):
         self.second = DictionaryLookup(16, weighting="entmax15", generated=False).fit(good)
         self.bank = MemoryBank.fit(torch.randn(200, 16))
         self.nearby = GridIndex(torch.randn(90, 16), positions=3 * torch.rand(90, 2), radius=1.5)
+        self.codes = KMeans(torch.randn(6, 16))
+        self.shots = Retriever(torch.randn(30, 16), torch.arange(30) % 4, k=5, weights="softmax")
         self.register_buffer("offsets", torch.tensor([0, 30, 90]))
         self.register_buffer("places", torch.cartesian_prod(torch.arange(3), torch.arange(4)))
 
@@ -36,7 +47,10 @@ class Inspector(nn.Module):
         parts = minimize_by_segment(tokens, self.nearby.features, self.offsets)[0]
         matches = match_mutually(x, again, second=(x, found), weights=(0.6, 0.8), ratio=0.98)
         pairs = matches.scores, matches.indices.float()
-        return again, distance, further, scores, image_scores, local.view(-1, 12, 2), parts.view(-1, 12, 2), *pairs
+        votes = self.shots(tokens).view(-1, 12, 4)
+        means = retrieve_values(x, self.codes.centers, self.codes.centers), self.codes(x).float()
+        near = local.view(-1, 12, 2), parts.view(-1, 12, 2)
+        return votes, *means, again, distance, further, scores, image_scores, *near, *pairs
 
 
 def inspector() -> tuple[nn.Module, torch.Tensor, set[str]]:
