@@ -1,8 +1,6 @@
 """Ray, found and started; actors that come back, and what they are made from."""
 
 import logging
-import os
-import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +9,7 @@ import torch
 
 from planmill.distributed.blocks import Block
 from planmill.errors import PlanmillError
+from planmill.ray_settings import keep_ray_private
 
 Source = torch.Tensor | Callable[[], torch.Tensor]
 
@@ -31,19 +30,6 @@ class Placement:
 
 
 ANYWHERE = Placement()
-
-
-def keep_ray_private() -> None:
-    """Settings of a Ray that this process starts for itself; Ray reads them when it is imported.
-
-    Its own ports ask for a token, of this run alone, and listen on loopback (the name says Windows; Linux obeys it
-    too), and it reports no usage to anyone.
-    """
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
-    if "RAY_AUTH_TOKEN_PATH" not in os.environ:
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 
 def connect(address: str | None = None, *, cpus: int | None = None, store_bytes: int | None = None) -> Any:
@@ -132,7 +118,7 @@ def start_actors(ray: Any, kind: type, arguments: Sequence[tuple], placement: Pl
 
 
 def collect(ray: Any, references: Sequence[Any], timeout_s: float | None = None) -> list[Any]:
-    """What the calls returned.
+    """What the calls returned; what one of them raised is raised here.
 
     Raises:
         PlanmillError: a shard was lost more often than it is started again, its data cannot be had, or time is up.
@@ -141,8 +127,12 @@ def collect(ray: Any, references: Sequence[Any], timeout_s: float | None = None)
         return ray.get(list(references), timeout=timeout_s)
     except ray.exceptions.GetTimeoutError as error:
         raise PlanmillError(f"shards did not start within {timeout_s} s: is the Ray cluster full?") from error
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from error
     except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError) as error:
-        raise PlanmillError(f"a shard was lost for good: {str(error).strip().splitlines()[-1]}") from error
+        lines = str(error).strip().splitlines()
+        why = lines[-1 if "creation task" in lines[0] else 0]  # where it could not start, the traceback's last line
+        raise PlanmillError(f"a shard was lost for good: {why.strip()}") from error
 
 
 def finish(ray: Any, references: Sequence[Any]) -> None:

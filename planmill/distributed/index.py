@@ -48,7 +48,7 @@ class ShardedIndex:
     """The k nearest rows of a database whose rows live in several processes or machines.
 
     Each shard answers for its rows, and the lists are merged: what comes out is what `find_neighbors` finds among all
-    rows, bit for bit on the CPU. A shard whose process is lost is started again from its source, and asked again.
+    rows, bit for bit on the CPU ("dot": where float32 can tell the products apart). A shard whose process is lost is started again from its source, and asked again.
 
     Args:
         rows: [m, D], float32, bfloat16 or float16, cut into `shards` parts; or one source per shard, in the order of
@@ -83,9 +83,9 @@ class ShardedIndex:
         self._blocks = [store(self._ray, source) for source in sources]
         self._tables = [None] * len(sources) if table is None else [store(self._ray, source) for source in table]
         arguments = [(block, more, index) for block, more in zip(self._blocks, self._tables, strict=True)]
-        self._actors = start_actors(self._ray, RowShard, arguments, placement)
+        self.actors = start_actors(self._ray, RowShard, arguments, placement)
         try:
-            shapes = collect(self._ray, [actor.shape.remote() for actor in self._actors], placement.start_s)
+            shapes = collect(self._ray, [actor.shape.remote() for actor in self.actors], placement.start_s)
             self.ends, self.width, self.dtype = check_shards("ShardedIndex", shapes, 2)
         except BaseException:
             self.close()
@@ -97,7 +97,7 @@ class ShardedIndex:
     @property
     def shards(self) -> int:
         """How many."""
-        return len(self._actors)
+        return len(self.actors)
 
     def search(
         self, queries: torch.Tensor, k: int, metric: str = "l2", *, exclude_self: bool = False
@@ -132,7 +132,7 @@ class ShardedIndex:
         if exclude_self and len(queries) != len(self):
             raise ValueError(f"{op}: exclude_self needs as many queries as rows, got {len(queries)} and {len(self)}")
         block = self._ray.put(Block.of(queries))
-        answers = collect(self._ray, [actor.search.remote(block, k + exclude_self, metric) for actor in self._actors])
+        answers = collect(self._ray, [actor.search.remote(block, k + exclude_self, metric) for actor in self.actors])
         found = []
         for first, (distances, rows) in zip(self.ends, answers, strict=False):
             own = rows.tensor().long()
@@ -148,7 +148,7 @@ class ShardedIndex:
         """Entries `at` [...] (int64) of the rows ("rows") or of the table ("table"): [..., D] or [..., b]."""
         flat = at.reshape(-1)
         calls, places = [], []
-        for actor, (first, last) in zip(self._actors, pairwise(self.ends), strict=True):
+        for actor, (first, last) in zip(self.actors, pairwise(self.ends), strict=True):
             here = ((flat >= first) & (flat < last)).nonzero()[:, 0]
             if len(here):
                 calls.append(actor.take.remote(name, Block.of(flat[here] - first)))
@@ -161,8 +161,8 @@ class ShardedIndex:
 
     def close(self) -> None:
         """End the processes; their data is freed."""
-        stop_actors(self._ray, self._actors)
-        self._actors, self._blocks, self._tables = [], [], []
+        stop_actors(self._ray, self.actors)
+        self.actors, self._blocks, self._tables = [], [], []
 
     def __enter__(self) -> "ShardedIndex":
         return self

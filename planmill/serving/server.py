@@ -9,7 +9,6 @@ import contextlib
 import io
 import logging
 import os
-import secrets
 import signal
 import socket
 import tempfile
@@ -20,6 +19,7 @@ from typing import Any
 
 from planmill.engine import Plan, PlanError
 from planmill.errors import PlanmillError
+from planmill.ray_settings import keep_ray_private
 from planmill.serving.dispatch import Limits
 from planmill.serving.payloads import ImageSettings
 from planmill.serving.pool import CONNECTIONS, Pool, listen
@@ -143,13 +143,7 @@ def _signals(arrived: Callable[[int], None]) -> Iterator[None]:
 @contextlib.contextmanager
 def _workers(path: Path, settings: Settings, folder: Path) -> Iterator[None]:
     """Workers that Ray Serve starts, watches and restarts, with sockets in `folder`; gone at the end."""
-    # Read when Ray is imported: its own ports ask for a token, of this run alone, and listen on loopback (the name says
-    # Windows; Linux obeys it too), and it reports no usage to anyone.
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
-    if "RAY_AUTH_TOKEN_PATH" not in os.environ:
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    keep_ray_private()
     os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
     try:
         import ray

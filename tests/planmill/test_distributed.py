@@ -13,6 +13,7 @@ from planmill.distributed import FaissIndex, ShardedBank, ShardedIndex, connect,
 from planmill.distributed import index as index_module
 from planmill.distributed import mutual as mutual_module
 from planmill.distributed.blocks import Block
+from planmill.distributed.cluster import Placement
 from planmill.distributed.index import merge
 from planmill.distributed.shard import ImageShard
 from planmill.errors import PlanmillError
@@ -153,14 +154,20 @@ def test_mutual_scoring(monkeypatch: pytest.MonkeyPatch) -> None:
     assert killer.left < 0
 
 
-def test_a_bank_behind_faiss() -> None:
+def test_a_bank_behind_faiss(ray: Any) -> None:
     pytest.importorskip("faiss")
     bank = MemoryBank(rows_of(3000, 32).nan_to_num(0, 5, 5))
     queries = bank.features[:200] + 0.05 * torch.randn(200, 32)
     expected = bank.search(queries, 10)
-    with ShardedBank.of(bank, shards=2, index=FaissIndex("IVF32,Flat", probes=12)) as sharded:
+    index, once = FaissIndex("IVF32,Flat", probes=12), Placement(restarts=0)
+    with ShardedBank.of(bank, shards=2, index=index, placement=once) as sharded:
         distances, found = sharded.search(queries, 10)
         _, images = sharded(queries[None])
+        with pytest.raises(ValueError, match=r"^FaissIndex: made for 'l2', asked for 'dot'"):
+            sharded.index.search(queries, 1, "dot")
+        os.kill(ray.get(sharded.index.actors[1].process.remote()), signal.SIGKILL)
+        with pytest.raises(PlanmillError, match="a shard was lost for good: The actor died"):
+            sharded.search(queries, 1)
     hits = found[:, :, None] == expected[1][:, None]
     assert hits.any(2).float().mean() > 0.9
     of_same = expected[0].gather(1, hits.int().argmax(2))
