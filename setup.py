@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 from setuptools import find_namespace_packages, find_packages, setup
@@ -10,6 +11,9 @@ from setuptools.command.editable_wheel import editable_wheel
 ROOT = Path(__file__).parent
 PACKAGE_DIR = {"planmill": "planmill", "planmill.kernels": "kernels", "planmill.engine": "engine"}
 CUDA = "planmill.csrc.cuda"
+# g++ forgets in a precompiled header that torch's lines are not ours, and warns of its templates wherever they are used.
+NO_NOISE = ["-Wno-sign-compare"]
+PRECOMPILED, HEADER = ROOT / "build" / "precompiled", "common/torch_headers.h"
 
 
 def packages() -> list[str]:
@@ -21,6 +25,24 @@ def packages() -> list[str]:
     return [*found, *(f"{CUDA}.{sub}" for sub in find_namespace_packages("csrc/cuda"))]
 
 
+def precompile(flags: list[str]) -> None:
+    """Write the header's .gch where the flags or torch have changed; a compiler that cannot just takes longer later."""
+    import torch
+
+    header, out = ROOT / "csrc" / HEADER, PRECOMPILED / f"{HEADER}.gch"
+    compiler = os.environ.get("CXX", "c++").split()
+    command = [*compiler, *flags, "-x", "c++-header", str(header), "-o", str(out)]
+    made_from, stamp = f"{torch.__version__} {command} {header.read_text()}", out.with_suffix(".from")
+    if out.exists() and stamp.exists() and stamp.read_text() == made_from:
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    stamp.unlink(missing_ok=True)
+    if subprocess.run(command, check=False, stderr=subprocess.DEVNULL).returncode == 0:
+        stamp.write_text(made_from)
+    else:
+        out.unlink(missing_ok=True)
+
+
 def extensions() -> tuple[list, dict]:
     """The C++ extension, or nothing where no compiler is found: the package then runs on its references."""
     compiler = os.environ.get("CXX", "g++").split()[0]
@@ -28,6 +50,15 @@ def extensions() -> tuple[list, dict]:
         print(f"planmill: no C++ compiler ({compiler}); installing without the C++ kernels")
         return [], {}
     from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+    class BuildKernels(BuildExtension):
+        """Compiles torch's headers once: they are most of the time of every file that includes them."""
+
+        def build_extension(self, ext):
+            flags = [*self.compiler.compiler_so[1:], *(f"-I{folder}" for folder in ext.include_dirs)]
+            flags += [f"-D{name}" if value is None else f"-D{name}={value}" for name, value in ext.define_macros]
+            precompile([*flags, *ext.extra_compile_args])
+            super().build_extension(ext)
 
     sources = sorted(
         str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp") if "tests" not in path.parts
@@ -39,12 +70,12 @@ def extensions() -> tuple[list, dict]:
         "planmill.kernels._C",
         sources,
         depends=headers,
-        include_dirs=[str(ROOT / "csrc")],
+        include_dirs=[str(PRECOMPILED), str(ROOT / "csrc")],  # g++ looks for a .gch in each folder in turn
         define_macros=define_macros,
-        extra_compile_args=["-O3", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-g0"],
+        extra_compile_args=["-O3", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-g0"] + NO_NOISE,
         extra_link_args=["-fopenmp"],
     )
-    return [extension], {"build_ext": BuildExtension.with_options(use_ninja=True)}
+    return [extension], {"build_ext": BuildKernels.with_options(use_ninja=True)}
 
 
 class EditableWheel(editable_wheel):

@@ -1,12 +1,6 @@
 // cluster_attention on the CPU: the clusters of some heads, each with its rows gathered into scratch, and then for every
 // token the mean of its rows. Sums run in the order of the clusters: results do not depend on the number of threads.
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
-
-#include <algorithm>
-#include <vector>
+#include "common/torch_headers.h"
 
 #include "attention/clusters_of.h"
 

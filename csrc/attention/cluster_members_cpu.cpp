@@ -1,14 +1,8 @@
 // cluster_members on the CPU: scores of a few tokens against a block of centroids at a time, and for every cluster the
 // best tokens so far; what does not beat them is dropped eight scores at a time.
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
+#include "common/torch_headers.h"
 
-#include <algorithm>
-#include <cmath>
 #include <limits>
-#include <vector>
 
 #include "attention/clusters_of.h"
 

@@ -1,14 +1,8 @@
 // correlation_attention and similarity_attention on the CPU: the weights of a few queries for all keys stay in the
 // second-level cache, so that the softmax needs no second pass over the keys and weights of several maps meet the values once.
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
+#include "common/torch_headers.h"
 
-#include <algorithm>
-#include <cmath>
 #include <string_view>
-#include <vector>
 
 #include "attention/correlation.h"
 #include "attention/correlation_packing.h"

@@ -1,10 +1,6 @@
 // gated_linear_attention on the CPU: heads and slices of their value channels, shared among the threads.
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
+#include "common/torch_headers.h"
 
-#include <algorithm>
 #include <memory>
 
 #include "attention/gated_scan.h"

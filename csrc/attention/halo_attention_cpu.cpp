@@ -1,10 +1,6 @@
 // halo_attention on the CPU: blocks of all heads and images side by side, float32; 16-bit inputs are converted whole.
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
+#include "common/torch_headers.h"
 
-#include <algorithm>
 #include <memory>
 
 #include "attention/halo_attention.h"

@@ -1,12 +1,6 @@
 // large_kernel_attention on the CPU: the two depthwise convolutions plane by plane, then the product of all channels, a
 // block of pixels and a group of channels at a time, with the product with x in its epilogue.
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
-
-#include <algorithm>
-#include <vector>
+#include "common/torch_headers.h"
 
 #include "attention/large_kernel_attention.h"
 #include "common/cpu_capability.h"

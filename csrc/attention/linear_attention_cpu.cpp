@@ -1,13 +1,7 @@
 // linear_attention on the CPU: sums of the keys of 1008 tokens each, added in their order; then the queries. So a result
 // depends on neither the number of threads nor the batch: whether a head goes to one thread or to several, its sums are
 // taken in the same order.
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
-
-#include <algorithm>
-#include <vector>
+#include "common/torch_headers.h"
 
 #include "attention/linear_attention.h"
 #include "common/cpu_capability.h"

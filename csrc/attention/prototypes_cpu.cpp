@@ -1,13 +1,7 @@
 // prototype_attention on the CPU: tiles of tokens, whose weights stay in the first-level cache until they meet the table.
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
-#include <torch/library.h>
+#include "common/torch_headers.h"
 
-#include <algorithm>
-#include <cmath>
-#include <vector>
+#include <ATen/ops/zeros.h>
 
 #include "attention/prototypes.h"
 #include "common/cpu_capability.h"

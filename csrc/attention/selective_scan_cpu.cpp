@@ -1,12 +1,9 @@
 // selective_scan on the CPU: blocks of channels of all samples side by side, float32; 16-bit inputs are converted whole.
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/add.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/softplus.h>
-#include <torch/library.h>
+#include "common/torch_headers.h"
 
-#include <algorithm>
+#include <ATen/ops/add.h>
+#include <ATen/ops/softplus.h>
+
 #include <memory>
 
 #include "attention/selective_scan.h"

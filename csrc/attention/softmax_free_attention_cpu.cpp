@@ -1,13 +1,6 @@
 // softmax_free_attention on the CPU in four passes over (head, part): landmarks, W = Cm^T V by chunks of queries, the small
 // inverse, Y = Cm U. What is summed in which order depends on the sizes of a head alone, not on batch or threads.
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
-
-#include <algorithm>
-#include <cmath>
-#include <vector>
+#include "common/torch_headers.h"
 
 #include "attention/softmax_free_attention.h"
 #include "common/cpu_capability.h"

@@ -1,13 +1,12 @@
 // class_moments on the CPU: rows are counted and grouped by label without being moved, each class is averaged, and the
 // pooled scatter is summed over the rows in their own order, each relative to the mean of its class.
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
-#include <torch/library.h>
+#include "common/torch_headers.h"
 
-#include <algorithm>
+#include <ATen/ops/tensor.h>
+#include <ATen/ops/zeros.h>
+
 #include <numeric>
 #include <tuple>
-#include <vector>
 
 #include "moments/product_sums.h"
 

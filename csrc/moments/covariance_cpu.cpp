@@ -1,12 +1,10 @@
 // covariance on the CPU: one pass over the rows, relative to a pivot near their mean; what the pivot is off from the mean
 // is taken out at the end, in double.
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
-#include <torch/library.h>
+#include "common/torch_headers.h"
 
-#include <algorithm>
+#include <ATen/ops/zeros.h>
+
 #include <tuple>
-#include <vector>
 
 #include "moments/product_sums.h"
 

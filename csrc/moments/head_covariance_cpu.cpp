@@ -1,16 +1,10 @@
 // head_covariance on the CPU: blocks of tokens are normalised head by head, taken relative to a pivot near their mean, and
 // multiplied pair by pair; what the pivot is off is taken out at the end.
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
+#include "common/torch_headers.h"
 
-#include <algorithm>
-#include <cmath>
 #include <memory>
 #include <string_view>
 #include <utility>
-#include <vector>
 
 #include "common/cpu_capability.h"
 #include "moments/head_covariance.h"

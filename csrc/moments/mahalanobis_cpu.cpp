@@ -1,11 +1,7 @@
 // mahalanobis on the CPU: each position's triangle is read once for a batch of vectors, in bfloat16 or float32.
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
-#include <torch/library.h>
+#include "common/torch_headers.h"
 
-#include <algorithm>
-#include <cmath>
-#include <vector>
+#include <ATen/ops/zeros.h>
 
 #include "common/cpu_capability.h"
 #include "moments/mahalanobis.h"

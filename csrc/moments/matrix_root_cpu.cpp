@@ -1,15 +1,9 @@
 // matrix_root on the CPU: Newton-Schulz in panels. Whole matrices to a thread where there are enough of them, otherwise the
 // columns of each product are shared out: the same sums either way.
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
+#include "common/torch_headers.h"
 
-#include <algorithm>
-#include <cmath>
 #include <limits>
 #include <utility>
-#include <vector>
 
 #include "common/cpu_capability.h"
 #include "moments/matrix_root.h"

@@ -1,12 +1,10 @@
 // Blocks of rows are centred and packed, then the panels of one triangle are multiplied, block after block.
-#include "moments/product_sums.h"
+#include "common/torch_headers.h"
 
-#include <ATen/Parallel.h>
-
-#include <algorithm>
 #include <utility>
 
 #include "common/cpu_capability.h"
+#include "moments/product_sums.h"
 
 namespace planmill {
 namespace {

@@ -1,9 +1,6 @@
 // bank_score, segmented_max and segmented_min on the CPU: the best row of each segment for every query.
-#include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
+#include "common/torch_headers.h"
 
-#include <algorithm>
 #include <limits>
 
 #include "neighbors/scoring.h"

@@ -1,14 +1,11 @@
 // knn on the CPU: the database is packed and screened block by block, each query keeps the rows that could be among its k
 // nearest, and these are evaluated again in float32. The screen is in bytes where k rows of many are looked for; queries
 // to which too many rows look alike in bytes are screened again in 16 bits.
-#include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/tensor.h>
-#include <torch/library.h>
+#include "common/torch_headers.h"
 
-#include <algorithm>
+#include <ATen/ops/tensor.h>
+
 #include <bit>
-#include <cmath>
 #include <limits>
 #include <numeric>
 #include <string_view>

@@ -1,11 +1,7 @@
 // mutual_score on the CPU: each unordered pair of images once, row and column minima from the same tile.
-#include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
+#include "common/torch_headers.h"
 
-#include <algorithm>
 #include <atomic>
-#include <cmath>
 #include <limits>
 
 #include "neighbors/scoring.h"

@@ -3,15 +3,9 @@
 // The scale of the LayerNorm and the divisor of the average cancel when a row is brought to length one, so that a row is
 // sum(x - mean) over its window, divided by its length. The mean is kept as a sum of two floats: x - high is exact where x
 // is near the mean, so that an image far from the origin loses nothing.
-#include <ATen/core/Tensor.h>
-#include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
+#include "common/torch_headers.h"
 
-#include <algorithm>
-#include <cmath>
-#include <vector>
+#include <ATen/Dispatch.h>
 
 #include "common/cpu_capability.h"
 #include "neighbors/pooling.h"

@@ -1,11 +1,8 @@
-#include "neighbors/scoring.h"
+#include "common/torch_headers.h"
 
-#include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-
-#include <algorithm>
-#include <cmath>
 #include <limits>
+
+#include "neighbors/scoring.h"
 
 namespace planmill {
 

@@ -1,14 +1,11 @@
-#include "neighbors/screening.h"
-
-#include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
+#include "common/torch_headers.h"
 
 #include <atomic>
-#include <cmath>
 #include <cstring>
 #include <limits>
 
 #include "common/cpu_capability.h"
+#include "neighbors/screening.h"
 
 namespace planmill {
 

@@ -1,10 +1,8 @@
-#include "neighbors/search.h"
+#include "common/torch_headers.h"
 
-#include <ATen/Parallel.h>
-
-#include <algorithm>
-#include <cmath>
 #include <limits>
+
+#include "neighbors/search.h"
 
 namespace planmill {
 namespace {

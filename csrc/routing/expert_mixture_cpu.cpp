@@ -6,18 +6,14 @@
 // 3. Second product: the same tasks over the hidden rows; results go to the row of their assignment, (t, j).
 // 4. Results are weighted and summed in the order of j.
 // Tasks are handed out one by one, so that unequal experts and a busy core cost little.
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
-#include <torch/library.h>
+#include "common/torch_headers.h"
 
-#include <algorithm>
+#include <ATen/ops/zeros.h>
+
 #include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <string_view>
-#include <vector>
 
 #include "common/cpu_capability.h"
 #include "routing/expert_mixture.h"

@@ -1,11 +1,7 @@
 // hash_embedding on the CPU: a block of table rows is hashed and asked of the memory before the first of them is read.
-#include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
+#include "common/torch_headers.h"
 
-#include <algorithm>
 #include <cstring>
-#include <vector>
 
 #include "routing/rows_of.h"
 

@@ -2,14 +2,10 @@
 //
 // A linear layer writes its bias into the result and adds the product to it. Here the bias and the adapters' part are written
 // in that one pass, so that mixing adapters costs the product with `down` and no other pass over the result.
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
+#include "common/torch_headers.h"
+
 #include <ATen/ops/linear.h>
 #include <ATen/ops/matmul.h>
-#include <torch/library.h>
-
-#include <algorithm>
 
 #include "common/cpu_capability.h"
 #include "routing/lora_mixture.h"

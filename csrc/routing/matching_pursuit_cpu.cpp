@@ -1,16 +1,12 @@
 // matching_pursuit on the CPU: the dictionary is packed once and screened once per step against the residuals; the atoms
 // that could be a residual's best are evaluated in float32, as are those that nearly were at the step before: they tell
 // from the start of a step how large a correlation has to be.
-#include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/tensor.h>
-#include <torch/library.h>
+#include "common/torch_headers.h"
 
-#include <algorithm>
-#include <cmath>
+#include <ATen/ops/tensor.h>
+
 #include <limits>
 #include <memory>
-#include <vector>
 
 #include "neighbors/listing.h"
 

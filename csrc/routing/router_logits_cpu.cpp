@@ -1,13 +1,10 @@
 // router_logits on the CPU: the block products of expert_mixture, so that every sum runs over the channels in order and
 // a token's logits have the same bits in every batch.
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/zeros.h>
-#include <torch/library.h>
+#include "common/torch_headers.h"
 
-#include <algorithm>
+#include <ATen/ops/zeros.h>
+
 #include <cstdint>
-#include <vector>
 
 #include "common/cpu_capability.h"
 #include "routing/expert_mixture.h"

@@ -1,11 +1,5 @@
 // slot_weights on the CPU: columns in blocks of two vectors, which stay in the first-level cache over their passes, and rows.
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
-
-#include <algorithm>
-#include <vector>
+#include "common/torch_headers.h"
 
 #include "common/cpu_capability.h"
 #include "routing/slot_weights.h"

@@ -1,11 +1,5 @@
 // sparse_decoding on the CPU: k rows of the dictionary summed per token, four at a time, while the next four are fetched.
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
-
-#include <algorithm>
-#include <vector>
+#include "common/torch_headers.h"
 
 #include "common/cpu_capability.h"
 #include "routing/decoding.h"

@@ -1,14 +1,11 @@
 // sparse_encoding on the CPU: latents are packed and screened block by block as in knn, with the bias in the bounds; the few
 // that may be among a token's k largest, or about which a threshold is undecided, are evaluated again in float32.
-#include "routing/sparse_encoding_cpu.h"
+#include "common/torch_headers.h"
 
-#include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
-
-#include <cmath>
 #include <limits>
 #include <string_view>
+
+#include "routing/sparse_encoding_cpu.h"
 
 namespace planmill {
 namespace {

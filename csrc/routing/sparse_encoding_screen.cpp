@@ -1,5 +1,5 @@
 // The screened way of sparse_encoding: see encoding.h for the bounds.
-#include <ATen/Parallel.h>
+#include "common/torch_headers.h"
 
 #include <limits>
 

@@ -1,7 +1,5 @@
 // token_matching on the CPU: the screened search of the neighbours, on the rows that the partition names.
-#include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
+#include "common/torch_headers.h"
 
 #include <limits>
 

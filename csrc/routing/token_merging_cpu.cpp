@@ -1,11 +1,7 @@
 // token_merging on the CPU: each output row is the sum or mean of the rows that its list names, in that order.
-#include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
+#include "common/torch_headers.h"
 
-#include <algorithm>
 #include <cstring>
-#include <vector>
 
 #include "routing/rows_of.h"
 

@@ -1,13 +1,7 @@
 // token_routing on the CPU: tokens in parallel, then, where an expert takes only so many, one exact count per group.
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
+#include "common/torch_headers.h"
 
-#include <algorithm>
-#include <cmath>
 #include <numeric>
-#include <vector>
 
 #include "common/cpu_capability.h"
 #include "routing/token_routing.h"

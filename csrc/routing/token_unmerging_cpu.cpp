@@ -1,9 +1,6 @@
 // token_unmerging on the CPU: rows by index, residual and scale in the same pass.
-#include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
+#include "common/torch_headers.h"
 
-#include <algorithm>
 #include <cstring>
 
 #include "routing/rows_of.h"

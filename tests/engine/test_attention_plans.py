@@ -44,45 +44,43 @@ class Residual(nn.Module):
         return x + self.block(x)
 
 
-def state_space() -> tuple[nn.Module, torch.Tensor, set[str]]:
-    blocks = [Residual(MambaMixer(8, 3)), Residual(MambaMixer(8, 3, bidirectional=True)), LinearRecurrence(8, 5)]
-    return nn.Sequential(*blocks), torch.randn(2, 9, 8), {"planmill::selective_scan"}
+Model = tuple[nn.Module, torch.Tensor, set[str]]
 
 
-def gated_linear_attention() -> tuple[nn.Module, torch.Tensor, set[str]]:
-    blocks = [Residual(GatedLinearAttention(8, 2)), Residual(ViGAttention(8, 2))]
-    return nn.Sequential(*blocks), torch.randn(2, 9, 8), {"planmill::gated_linear_attention"}
+def recurrences() -> Model:
+    """Layers that walk along the sequence; float32 [B, 9, 8]."""
+    blocks = [
+        *(Residual(MambaMixer(8, 3, bidirectional=both)) for both in (False, True)),
+        Residual(GatedLinearAttention(8, 2)),
+        Residual(ViGAttention(8, 2)),
+        *(Residual(LinearAttention(8, 2, causal=causal)) for causal in (False, True)),
+        LinearRecurrence(8, 5),
+    ]
+    ops = {"planmill::selective_scan", "planmill::gated_linear_attention", "planmill::linear_attention"}
+    return nn.Sequential(*blocks), torch.randn(2, 9, 8), ops
 
 
-def halo_attention() -> tuple[nn.Module, torch.Tensor, set[str]]:
-    blocks = [Residual(HaloAttention(8, num_heads=2, block_size=4, halo_size=1)) for _ in range(2)]
-    return nn.Sequential(*blocks), torch.randn(2, 8, 8, 4), {"planmill::halo_attention"}
+def images() -> Model:
+    """Layers of feature maps; float32 [B, 8, 8, 4] -> float32 [B, 2]."""
+    blocks = [
+        *(Residual(HaloAttention(8, num_heads=2, block_size=4, halo_size=1)) for _ in range(2)),
+        *(Residual(GatedLargeKernel(8)) for _ in range(2)),
+        Residual(SubspaceAttention(8, 2)),
+        GlobalHyperKernel(8, 32, hidden=4),
+        GroupedPowerMean(8, 2),
+    ]
+    ops = {"planmill::halo_attention", "planmill::large_kernel_attention"}
+    return nn.Sequential(*blocks), torch.randn(2, 8, 8, 4), ops
 
 
-def linear_attention() -> tuple[nn.Module, torch.Tensor, set[str]]:
-    blocks = [Residual(LinearAttention(8, 2, causal=causal)) for causal in (False, True)]
-    return nn.Sequential(*blocks), torch.randn(2, 5, 8), {"planmill::linear_attention"}
-
-
-def large_kernel_attention() -> tuple[nn.Module, torch.Tensor, set[str]]:
-    blocks = [Residual(GatedLargeKernel(4)) for _ in range(2)]
-    return nn.Sequential(*blocks), torch.randn(2, 4, 5, 6), {"planmill::large_kernel_attention"}
-
-
-def pooling() -> tuple[nn.Module, torch.Tensor, set[str]]:
-    blocks = Residual(SubspaceAttention(4, 2)), GlobalHyperKernel(4, 5, hidden=4), GroupedPowerMean(4, 2)
-    return nn.Sequential(*blocks), torch.randn(2, 4, 5, 5), set()
-
-
-def cluster_attention() -> tuple[nn.Module, torch.Tensor, set[str]]:
-    layers = [ClusterSelfAttention(8, 2, 4, 8, causal=True, shared_qk=shared) for shared in (False, True)]
-    for layer in layers:
-        layer.global_attn.set_centroids(torch.randn(2, 2, 4))
-    return (
-        nn.Sequential(*map(Residual, layers)),
-        torch.randn(2, 9, 8),
-        {"planmill::cluster_attention", "planmill::cluster_members"},
-    )
+def selections() -> Model:
+    """Layers that attend to some tokens: clusters, landmarks; float32 [B, 16, 8]."""
+    clusters = [ClusterSelfAttention(8, 2, 4, 16, causal=True, shared_qk=shared) for shared in (False, True)]
+    for layer in clusters:
+        layer.global_attn.set_centroids(torch.randn(2, 4, 4))
+    landmarks = [SoftmaxFreeAttention(8, 2, 2), SoftmaxFreeAttention(8, 2, 2, mode="solve")]
+    ops = {"planmill::cluster_attention", "planmill::cluster_members", "planmill::softmax_free_attention"}
+    return nn.Sequential(*map(Residual, [*clusters, *landmarks])), torch.randn(2, 16, 8), ops
 
 
 class Branches(nn.Module):
@@ -103,15 +101,6 @@ class Branches(nn.Module):
             x = x + feed_forward(x)
         scores = roll_out_row([qkv[0] for qkv in seen], [qkv[1] for qkv in seen], chunk=8)
         return self.local(x, scores[:, 1:])[0]
-
-
-def head_tokens_and_global_local() -> tuple[nn.Module, torch.Tensor, set[str]]:
-    return Branches(), torch.randn(2, 10, 8), set()
-
-
-def softmax_free_attention() -> tuple[nn.Module, torch.Tensor, set[str]]:
-    blocks = [Residual(SoftmaxFreeAttention(8, 2, 2)), Residual(SoftmaxFreeAttention(8, 2, 2, mode="solve"))]
-    return nn.Sequential(*blocks), torch.randn(2, 16, 8), {"planmill::softmax_free_attention"}
 
 
 class TwoStreams(nn.Module):
@@ -147,31 +136,17 @@ class Prototypes(nn.Module):
         return x
 
 
-def correlation_attention() -> tuple[nn.Module, torch.Tensor, set[str]]:
-    return TwoStreams(), torch.randn(2, 9, 8), {"planmill::correlation_attention"}
+def branches_streams_and_prototypes() -> Model:
+    """Head tokens with global-local attention, two streams, prototypes; float32 [B, 10, 8]."""
+    ops = {"planmill::correlation_attention", "planmill::prototype_attention"}
+    return nn.Sequential(Branches(), TwoStreams(), Prototypes()), torch.randn(2, 10, 8), ops
 
 
-def prototype_attention() -> tuple[nn.Module, torch.Tensor, set[str]]:
-    return Prototypes(), torch.randn(2, 9, 8), {"planmill::prototype_attention"}
-
-
-MODELS: list[Callable[[], tuple[nn.Module, torch.Tensor, set[str]]]] = [
-    state_space,
-    correlation_attention,
-    prototype_attention,
-    gated_linear_attention,
-    halo_attention,
-    linear_attention,
-    large_kernel_attention,
-    pooling,
-    cluster_attention,
-    head_tokens_and_global_local,
-    softmax_free_attention,
-]
+MODELS: list[Callable[[], Model]] = [recurrences, images, selections, branches_streams_and_prototypes]
 
 
 @pytest.mark.parametrize("make", MODELS, ids=lambda make: make.__name__)
-def test_plan(make: Callable[[], tuple[nn.Module, torch.Tensor, set[str]]], tmp_path: Path) -> None:
+def test_plan(make: Callable[[], Model], tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, x, ops = make()
     plan = build(model.eval(), x, tmp_path / "a.plan", dynamic=DynamicDim("batch", 1, 2, 4))
