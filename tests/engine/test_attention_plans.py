@@ -61,16 +61,16 @@ def recurrences() -> Model:
 
 
 def images() -> Model:
-    """Layers of feature maps; float32 [B, 8, 8, 4] -> float32 [B, 2]."""
+    """Layers of feature maps; float32 [B, 8, 8, 8] -> float32 [B, 2]."""
     blocks = [
         *(Residual(HaloAttention(8, num_heads=2, block_size=4, halo_size=1)) for _ in range(2)),
         *(Residual(GatedLargeKernel(8)) for _ in range(2)),
         Residual(SubspaceAttention(8, 2)),
-        GlobalHyperKernel(8, 32, hidden=4),
+        GlobalHyperKernel(8, 8, hidden=4),
         GroupedPowerMean(8, 2),
     ]
     ops = {"planmill::halo_attention", "planmill::large_kernel_attention"}
-    return nn.Sequential(*blocks), torch.randn(2, 8, 8, 4), ops
+    return nn.Sequential(*blocks), torch.randn(2, 8, 8, 8), ops
 
 
 def selections() -> Model:
