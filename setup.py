@@ -72,7 +72,8 @@ def extensions() -> tuple[list, dict]:
         depends=headers,
         include_dirs=[str(PRECOMPILED), str(ROOT / "csrc")],  # g++ looks for a .gch in each folder in turn
         define_macros=define_macros,
-        extra_compile_args=["-O3", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-g0"] + NO_NOISE,
+        extra_compile_args=["-O3", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-g0"]
+        + NO_NOISE,
         extra_link_args=["-fopenmp"],
     )
     return [extension], {"build_ext": BuildKernels.with_options(use_ninja=True)}

@@ -2,13 +2,11 @@
 // within the radius, each row that one of them may match is brought into the cache (and to float32) once, and compared
 // directly. Where many are, all are screened in 16 bits, and only rows that could win are asked for their position. Queries
 // that share one long range and have no positions are an ordinary search, which knn answers.
-#include <ATen/Parallel.h>
-#include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/tensor.h>
-#include <torch/library.h>
+#include "common/torch_headers.h"
 
-#include <algorithm>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/tensor.h>
+
 #include <atomic>
 #include <numeric>
 #include <string_view>

@@ -9,15 +9,10 @@
 // A distance is added up in float32, in slices, and given up where it exceeds what the row has. Only where it may be
 // smaller, by the bound of its rounding, it is computed again in double: the choice is that of double precision, and does
 // not depend on threads or instruction sets.
-#include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
+#include "common/torch_headers.h"
 
-#include <algorithm>
-#include <cmath>
 #include <limits>
 #include <numeric>
-#include <vector>
 
 #include "neighbors/screening.h"
 

@@ -3,11 +3,8 @@
 // is compared with every atom. Either way a weight comes from the same sums in the same order, to the bit.
 //
 // The screen shifts keys by their mean, which adds the same to all scores of a query and so changes no weight.
-#include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
+#include "common/torch_headers.h"
 
-#include <cmath>
 #include <limits>
 #include <string_view>
 
