@@ -11,7 +11,7 @@ from setuptools.command.editable_wheel import editable_wheel
 ROOT = Path(__file__).parent
 PACKAGE_DIR = {"planmill": "planmill", "planmill.kernels": "kernels", "planmill.engine": "engine"}
 CUDA = "planmill.csrc.cuda"
-# g++ forgets in a precompiled header that torch's lines are not ours, and warns of its templates wherever they are used.
+# With a precompiled header g++ no longer knows torch's lines from ours, and warns of its templates at each use.
 NO_NOISE = ["-Wno-sign-compare"]
 PRECOMPILED, HEADER = ROOT / "build" / "precompiled", "common/torch_headers.h"
 
@@ -72,8 +72,16 @@ def extensions() -> tuple[list, dict]:
         depends=headers,
         include_dirs=[str(PRECOMPILED), str(ROOT / "csrc")],  # g++ looks for a .gch in each folder in turn
         define_macros=define_macros,
-        extra_compile_args=["-O3", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-g0"]
-        + NO_NOISE,
+        extra_compile_args=[
+            "-O3",
+            "-std=c++20",
+            "-fopenmp",
+            "-fno-math-errno",
+            "-fno-trapping-math",
+            "-Wall",
+            "-g0",
+            *NO_NOISE,
+        ],
         extra_link_args=["-fopenmp"],
     )
     return [extension], {"build_ext": BuildKernels.with_options(use_ninja=True)}

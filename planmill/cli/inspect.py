@@ -31,9 +31,16 @@ Images = Annotated[Path, typer.Argument(help="Folder of pictures, searched recur
 Out = Annotated[Path, typer.Option(help="Folder for scores.csv, scores.json, report.html and heatmaps/.")]
 BackboneName = Annotated[str, typer.Option(help="digits, a timm or transformers ViT by name, or FILE.py:FACTORY.")]
 MethodName = Annotated[
-    str, typer.Option(help="mutual: against each other; gaussian, padim: against --good pictures, whole or by place.")
+    str,
+    typer.Option(
+        help="mutual: against each other; gaussian, padim: against --good pictures, whole or by place; bank: against "
+        "patches of good ones kept in a file."
+    ),
 ]
-Good = Annotated[Path | None, typer.Option(help="Folder of pictures without anomalies, for gaussian and padim.")]
+Good = Annotated[Path | None, typer.Option(help="Folder of pictures without anomalies, for all methods but mutual.")]
+Bank = Annotated[Path | None, typer.Option(help="bank: file to score against; with --good, the file to make.")]
+Extend = Annotated[bool, typer.Option("--extend", help="bank: add the --good pictures to the bank that is there.")]
+Share = Annotated[float | None, typer.Option(help="bank: share of the good patches that it keeps; default: 0.1.")]
 Dimensions = Annotated[int | None, typer.Option(help="padim: channels drawn from all layers; default: 100.")]
 Shrinkage = Annotated[
     float | None, typer.Option(help="gaussian, padim: of the covariances, 0 to 1; default: as published.")
@@ -59,6 +66,9 @@ def inspect(
     backbone: BackboneName,
     method: MethodName = "mutual",
     good: Good = None,
+    bank: Bank = None,
+    extend: Extend = False,
+    share: Share = None,
     dimensions: Dimensions = None,
     shrinkage: Shrinkage = None,
     weights: Weights = None,
@@ -70,7 +80,7 @@ def inspect(
     plans: Plans = None,
     as_json: AsJson = False,
 ) -> None:
-    """Score the pictures of a folder against each other, or against good ones, and write heat maps and a report."""
+    """Score the pictures of a folder against each other or against good ones, and write heat maps and a report."""
     from planmill.inspection import Settings, inspect_pictures
 
     if precision not in ("fp32", "bf16"):
@@ -88,6 +98,9 @@ def inspect(
         plans=plans,
         method=method,  # type: ignore[arg-type]  # checked by inspect_pictures
         good=good,
+        bank=bank,
+        extend=extend,
+        share=share,
         dimensions=dimensions,
         shrinkage=shrinkage,
     )

@@ -1,6 +1,6 @@
 """Scores from Gaussians that are fitted to good pictures: one for each layer (MVG), or one for each place (PaDiM)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -12,13 +12,10 @@ from planmill.kernels.moments import GaussianDetector, Moments, PositionGaussian
 
 
 class PictureModel(Protocol):
-    """What is fitted to good pictures, batch by batch, and then scores others one by one."""
+    """What is fitted to good pictures and then scores others one by one."""
 
-    def add(self, tokens: Sequence[torch.Tensor]) -> None:
-        """Take good pictures: per layer [n, P, C] float32, finite."""
-
-    def fit(self) -> None:
-        """Fit to all that was added.
+    def fit(self, good: Iterable[Sequence[torch.Tensor]]) -> None:
+        """Fit to good pictures, batch by batch: per layer [n, P, C] float32, finite.
 
         Raises:
             PlanmillError: too few pictures for what is asked, or pictures that are all alike.
@@ -28,8 +25,8 @@ class PictureModel(Protocol):
         """Distances of patches [n, P] and of whole pictures [n]; None: a picture's is the maximum of its map."""
 
 
-def choose_model(settings: Settings) -> PictureModel:
-    """The model of the method asked for."""
+def choose_gaussians(settings: Settings) -> PictureModel:
+    """The Gaussians of the method asked for."""
     if settings.method == "gaussian":
         return LayerGaussians(settings.shrinkage)
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
@@ -55,7 +52,7 @@ class LayerGaussians:
         self._detectors: list[tuple[GaussianDetector, GaussianDetector]] = []
 
     def add(self, tokens: Sequence[torch.Tensor]) -> None:
-        """See PictureModel."""
+        """Take a batch of good pictures."""
         if not self._patches:
             self._patches = [Moments(layer.shape[2]) for layer in tokens]
             self._means = [[] for _ in tokens]
@@ -63,8 +60,10 @@ class LayerGaussians:
             patches.update(layer.flatten(0, 1))
             means.append(layer.mean(1))
 
-    def fit(self) -> None:
+    def fit(self, good: Iterable[Sequence[torch.Tensor]]) -> None:
         """See PictureModel."""
+        for tokens in good:
+            self.add(tokens)
         for patches, means in zip(self._patches, self._means, strict=True):
             rows = torch.cat(means)
             _check_rank(len(rows), rows.shape[1], self.shrinkage)
@@ -101,23 +100,17 @@ class PlaceGaussians:
 
     def __init__(self, dimensions: int, shrinkage: float | None, dtype: torch.dtype) -> None:
         self.dimensions, self.shrinkage, self.dtype = dimensions, shrinkage, dtype
-        self._good: list[torch.Tensor] = []
         self._gaussians: PositionGaussians | None = None
 
-    def add(self, tokens: Sequence[torch.Tensor]) -> None:
+    def fit(self, good: Iterable[Sequence[torch.Tensor]]) -> None:
         """See PictureModel."""
-        self._good.append(self._draw(tokens))
-
-    def fit(self) -> None:
-        """See PictureModel."""
-        good = torch.cat(self._good)
-        self._good.clear()
-        _check_rank(good.shape[0], good.shape[2], self.shrinkage)
+        rows = torch.cat([self._draw(tokens) for tokens in good])
+        _check_rank(rows.shape[0], rows.shape[2], self.shrinkage)
         try:
             shrunk = {} if self.shrinkage is None else {"shrinkage": self.shrinkage, "regularization": 0.0}
-            self._gaussians = PositionGaussians.fit(good, dtype=self.dtype, **shrunk)
+            self._gaussians = PositionGaussians.fit(rows, dtype=self.dtype, **shrunk)
         except torch.linalg.LinAlgError as error:
-            raise _alike(len(good)) from error
+            raise _alike(len(rows)) from error
 
     def score(self, tokens: Sequence[torch.Tensor]) -> tuple[torch.Tensor, None]:
         """See PictureModel."""

@@ -25,17 +25,19 @@ def find_good(good: Path, images: Path, paths: list[Path]) -> tuple[list[Path], 
     return [path for path in paths if not path.resolve().is_relative_to(inside)], found
 
 
-def check_good(good: Path, pictures: list[Picture], skipped: list[SkippedPicture]) -> None:
-    """Whether there are enough good pictures for a covariance.
+def check_good(good: Path, method: str, pictures: list[Picture], skipped: list[SkippedPicture]) -> None:
+    """Whether there are enough good pictures: one for a bank, two for a covariance.
 
     Raises:
-        PlanmillError: fewer than two.
+        PlanmillError: fewer.
     """
-    if len(pictures) < 2:
+    needed = 1 if method == "bank" else 2
+    if len(pictures) < needed:
         reasons = "; ".join(f"{entry.file}: {entry.reason}" for entry in skipped[:3])
         count = "only 1 picture" if pictures else "no picture"
         more = f" ({reasons})" if reasons else ""
-        raise PlanmillError(f"--good {good}: {count} can be used, and a covariance needs at least 2{more}")
+        why = "" if method == "bank" else ", and a covariance needs at least 2"
+        raise PlanmillError(f"--good {good}: {count} can be used{why}{more}")
 
 
 def match_shapes(

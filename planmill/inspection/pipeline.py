@@ -12,8 +12,9 @@ import torch
 from planmill.engine import Session
 from planmill.errors import PlanmillError
 from planmill.inspection.backbones import Backbone, resolve_backbone
+from planmill.inspection.banks import BankOfPatches
 from planmill.inspection.features import extract_features, finite_pictures, run_plan
-from planmill.inspection.gaussians import PictureModel, choose_model
+from planmill.inspection.gaussians import PictureModel, choose_gaussians
 from planmill.inspection.good import check_good, find_good, match_shapes
 from planmill.inspection.methods import check_method
 from planmill.inspection.outputs import (
@@ -63,7 +64,8 @@ def inspect_pictures(settings: Settings, progress: Progress = lambda stage, done
     Method "mutual", against each other: backbone plan -> neighbourhood pooling (r = 1, 3, 5) of several layers ->
     mutual scores -> mean over layers and widths -> maps -> maximum -> re-scoring by similar pictures. Methods
     "gaussian" and "padim", against the pictures of `settings.good`: backbone plan -> Gaussians of the good ones ->
-    Mahalanobis distances of the others, each of which depends on no other picture.
+    Mahalanobis distances of the others, each of which depends on no other picture. Method "bank": the same with a bank
+    of the good pictures' patches, made from `settings.good` or read from a file.
 
     Args:
         settings: what to inspect, and how.
@@ -76,10 +78,11 @@ def inspect_pictures(settings: Settings, progress: Progress = lambda stage, done
 
     Raises:
         PlanmillError: no pictures, too few that can be read, options that do not fit the method, good pictures that no
-            Gaussian can be fitted to, an unknown backbone, weights that cannot be had, a backbone that cannot become a
-            plan, an output folder inside the pictures or not writable.
+            Gaussian can be fitted to, a bank of another backbone, an unknown backbone, weights that cannot be had, a
+            backbone that cannot become a plan, an output folder inside the pictures or not writable.
 
-    Source: MuSc (Li et al., ICLR 2024); Rippel et al. (ICPR 2020); PaDiM (Defard et al., ICPR 2021).
+    Source: MuSc (Li et al., ICLR 2024); Rippel et al. (ICPR 2020); PaDiM (Defard et al., ICPR 2021); PatchCore (Roth et
+        al., CVPR 2022).
     """
     watch = Stopwatch()
     check_method(settings)
@@ -96,17 +99,18 @@ def inspect_pictures(settings: Settings, progress: Progress = lambda stage, done
         progress("load", 1, 1)
     for folder in filter(None, (settings.images, settings.good)):
         check_folders(folder, settings.out)
+    model = _choose_model(settings, backbone)
     with watch.time("read"):
         pictures, good, skipped = _read(settings, paths, good_paths, backbone, progress)
     with watch.time("plan"):
         session, plan = _open_plan(settings, backbone, pictures, progress)
     with session:
-        if settings.method == "mutual":
+        if model is None:
             scored = _score_mutually(settings, backbone, session, pictures, skipped, watch, progress)
         else:
-            model = choose_model(settings)
-            with watch.time("fit"):
-                good = _fit(settings, backbone, session, good, model, skipped, progress)
+            if settings.good is not None:
+                with watch.time("fit"):
+                    good = _fit(settings, backbone, session, good, model, skipped, progress)
             with watch.time("score"):
                 scored = _score_by_model(settings, backbone, session, pictures, model, skipped, progress)
     scale = (min(float(p.scores.min()) for p in scored), max(float(p.scores.max()) for p in scored))
@@ -115,6 +119,13 @@ def inspect_pictures(settings: Settings, progress: Progress = lambda stage, done
     )
     _write(inspection, watch, progress)
     return inspection
+
+
+def _choose_model(settings: Settings, backbone: Backbone) -> PictureModel | None:
+    """None: the pictures are scored against each other."""
+    if settings.method == "mutual":
+        return None
+    return BankOfPatches(settings, backbone) if settings.method == "bank" else choose_gaussians(settings)
 
 
 def _read(
@@ -130,7 +141,7 @@ def _read(
         good, unfit = read_pictures(
             good_paths, settings.good, size, channels, lambda stage, done, _: progress(stage, len(paths) + done, total)
         )
-        check_good(settings.good, good, unfit)
+        check_good(settings.good, settings.method, good, unfit)
         if settings.method == "padim":
             pictures = match_shapes(settings.good, good, pictures, skipped)
         skipped += _good_ones(unfit)
@@ -182,17 +193,20 @@ def _fit(
 ) -> list[Picture]:
     """Fit the model to the good pictures with finite features; returns these."""
     kept: list[Picture] = []
-    lost: list[Picture] = []
-    for start, tokens, descriptor in run_plan(session, backbone, good, settings.batch, "fit", progress):
-        finite = finite_pictures(tokens, descriptor)
-        for picture, fine in zip(good[start:], finite, strict=False):
-            (kept if fine else lost).append(picture)
-        if finite.any():
-            model.add([layer[finite] for layer in tokens])
-    skipped += _good_ones([SkippedPicture(p.file, NOT_FINITE) for p in lost])
-    if settings.good is not None:
-        check_good(settings.good, kept, skipped)
-    model.fit()
+
+    def usable() -> Iterator[list[torch.Tensor]]:
+        lost: list[Picture] = []
+        for start, tokens, descriptor in run_plan(session, backbone, good, settings.batch, "fit", progress):
+            finite = finite_pictures(tokens, descriptor)
+            for picture, fine in zip(good[start:], finite, strict=False):
+                (kept if fine else lost).append(picture)
+            if finite.any():
+                yield [layer[finite] for layer in tokens]
+        skipped.extend(_good_ones([SkippedPicture(p.file, NOT_FINITE) for p in lost]))
+        if settings.good is not None:
+            check_good(settings.good, settings.method, kept, skipped)
+
+    model.fit(usable())
     return kept
 
 

@@ -93,10 +93,15 @@ def plan_key(backbone: Backbone, precision: Precision, largest: int) -> str:
         sorted(cpu_capabilities()),
     )
     digest.update(repr(described).encode())
-    for name, value in sorted(backbone.module.state_dict().items()):
+    add_weights(digest, backbone.module)
+    return digest.hexdigest()
+
+
+def add_weights(digest: "hashlib._Hash", module: torch.nn.Module) -> None:
+    """Names, dtypes, shapes and bytes of all weights and buffers, into the digest."""
+    for name, value in sorted(module.state_dict().items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 @torch.no_grad()

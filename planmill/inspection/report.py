@@ -130,6 +130,10 @@ def _settings(inspection: Inspection) -> list[tuple[str, str]]:
 
 def _method_settings(inspection: Inspection) -> list[tuple[str, str]]:
     settings = inspection.settings
+    if settings.bank is not None:
+        made = "extended by" if settings.extend else "made of"
+        good = f", {made} {inspection.good} of {shown_path(settings.good)}" if settings.good else ""
+        return [("Bank", f"{shown_path(settings.bank)}{good}")]
     if settings.good is None:
         return [
             ("Neighbourhoods r", ", ".join(map(str, settings.degrees)) + " patches"),

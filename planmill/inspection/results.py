@@ -39,8 +39,12 @@ class Settings:
         degrees: neighbourhood widths r of the pooling, in patches.
         neighbors: neighbourhood sizes k of the re-scoring, in pictures.
         plans: where plans are kept for the next run; None: the user's cache directory.
-        method: "mutual" scores the pictures against each other; "gaussian" and "padim" against `good` ones.
-        good: folder of pictures without anomalies, which Gaussians are fitted to.
+        method: "mutual" scores the pictures against each other; "gaussian" and "padim" against `good` ones; "bank"
+            against the patches that a file keeps of good ones.
+        good: folder of pictures without anomalies, which Gaussians are fitted to, or that a bank is made of.
+        bank: the file of the bank: read, or written where `good` is given.
+        extend: add the `good` pictures to the bank that stands in the file.
+        share: of the good pictures' patches that go into a bank; None: 0.1.
         dimensions: channels of padim, drawn from all layers; None: 100.
         shrinkage: of the Gaussians' covariances, 0 to 1; None: as published (gaussian: the estimate of Ledoit and Wolf;
             padim: 0.01 on the diagonal).
@@ -58,8 +62,11 @@ class Settings:
     degrees: tuple[int, ...] = DEGREES
     neighbors: tuple[int, ...] = NEIGHBORS
     plans: Path | None = None
-    method: Literal["mutual", "gaussian", "padim"] = "mutual"
+    method: Literal["mutual", "gaussian", "padim", "bank"] = "mutual"
     good: Path | None = None
+    bank: Path | None = None
+    extend: bool = False
+    share: float | None = None
     dimensions: int | None = None
     shrinkage: float | None = None
 
@@ -79,8 +86,8 @@ class ScoredPicture:
     Args:
         file: relative to the folder, with `/`; bytes that are no UTF-8 are shown as `\\xNN`.
         score: what pictures are sorted by. mutual: 0 to 1 over the set, after re-scoring by similar pictures; gaussian:
-            distance of the whole picture from the good ones; padim: raw_score.
-        raw_score: maximum of the anomaly map, in units of the distance between unit vectors (mutual; 0 to 2), or of
+            distance of the whole picture from the good ones; padim: raw_score; bank: the bank's, re-weighted.
+        raw_score: maximum of the anomaly map, in units of the distance between unit vectors (mutual and bank), or of
             standard deviations of the good pictures (Mahalanobis distance).
         size: (width, height) in pixels, as shown (EXIF orientation applied).
         note: what was done to it, e.g. "first of 3 frames"; may be empty.

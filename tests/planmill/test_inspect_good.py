@@ -1,13 +1,17 @@
-"""`planmill inspect --method gaussian` and `padim`: scores against scikit-learn and NumPy, files, options, errors."""
+"""`planmill inspect` with good pictures (gaussian, padim, bank): scores against oracles, files, options, errors."""
 
 import json
 import math
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from sklearn.covariance import LedoitWolf
 from typer.testing import CliRunner
 
@@ -166,9 +170,7 @@ def test_the_model_in_batches_is_the_model_at_once(generator: torch.Generator, m
     scores = []
     for cuts in ((12,), (5, 7), (1, 1, 10)):
         model = LayerGaussians(0.3) if method == "gaussian" else PlaceGaussians(7, 0.3, torch.float32)
-        for parts in zip(*(layer.split(cuts) for layer in tokens), strict=True):
-            model.add(parts)
-        model.fit()
+        model.fit(zip(*(layer.split(cuts) for layer in tokens), strict=True))
         scores.append(model.score(tokens))
     for patches, whole in scores[1:]:
         torch.testing.assert_close(patches, scores[0][0], rtol=1e-5, atol=1e-6)
@@ -191,8 +193,7 @@ def test_channels_are_drawn_the_same_in_every_run(generator: torch.Generator) ->
     tokens = [torch.randn(9, 3, 20, generator=generator) for _ in range(2)]
     models = [PlaceGaussians(width, None, torch.float32) for width in (8, 8, 40)]
     for model in models:
-        model.add(tokens)
-        model.fit()
+        model.fit([tokens])
     one, again, every = (model.score(tokens)[0] for model in models)
     assert torch.equal(one, again)
     assert not torch.equal(one, every)
@@ -203,7 +204,7 @@ def test_channels_are_drawn_the_same_in_every_run(generator: torch.Generator) ->
     [
         ("mean", "--method mean: must be one of mutual, gaussian, padim"),
         ("padim", "--method padim needs --good FOLDER"),
-        ("mutual --good @GOOD", "--good is an option of --method gaussian and padim, not of mutual"),
+        ("mutual --good @GOOD", "--good is an option of --method gaussian, padim, bank, not of mutual"),
         ("gaussian --good @GOOD --dimensions 4", "--dimensions is an option of --method padim, not of gaussian"),
         ("gaussian --good @GOOD --radius 1", "--radius is an option of --method mutual, not of gaussian"),
         ("padim --good @GOOD --dimensions 0", "--dimensions 0: must be at least 1"),
@@ -217,6 +218,15 @@ def test_channels_are_drawn_the_same_in_every_run(generator: torch.Generator) ->
         ("padim --good @MIXED", "a.png (48 x 32) and b.png (32 x 48) differ in shape; give good pictures of one shape"),
         ("padim --good @UPRIGHT", "no picture can be used (good/0.png: other shape: 48 x 32 pixels, and the good"),
         ("padim --good @BLACK", "no picture can be used, and a covariance needs at least 2"),
+        ("bank", "--method bank needs --bank FILE"),
+        ("mutual --bank b", "--bank is an option of --method bank, not of mutual"),
+        ("bank --bank b --extend", "--extend needs --good FOLDER"),
+        ("bank --bank b --share 0.5", "--share is of the patches of --good"),
+        ("bank --bank b --good @GOOD --share 0", "--share 0: must be above 0 and at most 1"),
+        ("bank --bank missing.bank", "--bank missing.bank: no such file; --good FOLDER without --extend makes one"),
+        ("bank --bank nowhere/b --good @GOOD", "--bank nowhere/b: no folder nowhere; create it first"),
+        ("bank --bank @NET", "is no saved MemoryBank"),
+        ("bank --bank @NET --good @GOOD", "exists; leave out --good to score against it, or add the good pictures"),
     ],
 )
 def test_mistakes(root: Path, tmp_path: Path, options: str, message: str) -> None:
@@ -227,7 +237,8 @@ def test_mistakes(root: Path, tmp_path: Path, options: str, message: str) -> Non
         "FEW": good, "ONE": good[:1], "EQUAL": good[:1] * 2, "MIXED": [good[0], turned[1]], "UPRIGHT": turned,
         "BLACK": [Image.new("L", SIZE)] * 2,
     }  # fmt: skip
-    method, *rest = options.replace("@GOOD", str(source / "good")).replace("@ALL", str(source)).split()
+    method = options.replace("@GOOD", str(source / "good")).replace("@ALL", str(source))
+    method, *rest = method.replace("@NET", str(root / "net.py")).split()
     for index, word in enumerate(rest):
         if word.startswith("@"):
             rest[index] = str(tmp_path / word[1:])
@@ -241,3 +252,72 @@ def test_mistakes(root: Path, tmp_path: Path, options: str, message: str) -> Non
     found = CliRunner().invoke(app, command)
     assert isinstance(found.exception, PlanmillError), found.exception
     assert message in str(found.exception)
+
+
+@pytest.fixture(scope="module")
+def banked(root: Path) -> Inspection:
+    """A bank of half the good patches, and the first scores against it."""
+    return inspect_pictures(settings(root, "bank", "bank", bank=root / "parts.safetensors", share=0.5))
+
+
+def test_a_bank_scores_like_patchcore(root: Path, banked: Inspection) -> None:
+    """Oracle: pooling, distances and re-weighting restated in NumPy float64; the bank's own rows from its file."""
+    _, others = features(root, banked)
+    rows = load_file(root / "parts.safetensors")["features"].double().numpy()
+    assert rows.shape == (16 * 6 // 2, 9)
+    for picture, *layers in zip(banked.pictures, *others, strict=True):
+        patches = np.concatenate([pooled(layer) for layer in layers], 1)
+        distances = np.linalg.norm(patches[:, None] - rows, axis=2)
+        np.testing.assert_allclose(picture.scores.ravel(), distances.min(1), rtol=1e-3, atol=1e-5)
+        worst = distances.min(1).argmax()
+        nearest = distances[worst].argmin()
+        around = np.argsort(np.linalg.norm(rows - rows[nearest], axis=1), kind="stable")[:9]
+        away = np.exp(distances[worst][around])
+        weight = 1 - np.exp(distances[worst][nearest]) / away.sum()
+        assert picture.score == pytest.approx(weight * distances.min(1).max(), rel=1e-3)
+    assert {picture.file for picture in banked.pictures[:2]} == {"test/3.png", "test/7.png"}
+
+
+def pooled(layer: np.ndarray) -> np.ndarray:
+    """LayerNorm over the picture, the mean of 3 x 3 patches with zeros outside, unit rows: [P, C] of a 2 x 3 grid."""
+    x = (layer - layer.mean()) / np.sqrt(layer.var() + 1e-5)
+    grid = np.pad(x.reshape(2, 3, -1), ((1, 1), (1, 1), (0, 0)))
+    mean = sum(grid[i : i + 2, j : j + 3] for i in range(3) for j in range(3)) / 9
+    rows = np.asarray(mean).reshape(6, -1)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def test_a_bank_is_used_and_extended_in_other_processes(root: Path, banked: Inspection, tmp_path: Path) -> None:
+    bank = tmp_path / "parts.safetensors"
+    shutil.copy(root / "parts.safetensors", bank)
+
+    def run(out: str, *options: str) -> dict:
+        command = [sys.executable, "-m", "planmill.cli", "inspect", str(root / "pictures" / "test"), "--json"]
+        command += ["--out", str(tmp_path / out), "--backbone", f"{root / 'net.py'}:factory", "--batch", "4"]
+        command += ["--plans", str(root / "plans"), "--method", "bank", "--bank", str(bank), *options]
+        return json.loads(subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path).stdout)
+
+    again = run("again")
+    here = {Path(picture.file).name: picture.score for picture in banked.pictures}
+    there = {picture["file"]: picture["score"] for picture in again["pictures"]}
+    assert there == pytest.approx(here, rel=1e-6)
+    assert again["settings"]["good"] is None
+    before = load_file(bank)["features"]
+    odd = tmp_path / "odd"
+    odd.mkdir()
+    shutil.copy(root / "pictures" / "test" / "3.png", odd)
+    after = run("after", "--good", str(odd), "--extend", "--share", "1")
+    grown = load_file(bank)["features"]
+    assert torch.equal(grown[: len(before)], before)
+    assert len(grown) == len(before) + 6
+    extended = {picture["file"]: picture["raw_score"] for picture in after["pictures"]}
+    assert extended["3.png"] == pytest.approx(0, abs=1e-3)
+    assert extended["7.png"] < there["7.png"]
+
+
+def test_a_bank_of_another_backbone_is_refused(root: Path, banked: Inspection, tmp_path: Path) -> None:
+    other = tmp_path / "net.py"
+    other.write_text(NET.replace("manual_seed(0)", "manual_seed(1)"))
+    changed = settings(root, "bank", "other", bank=root / "parts.safetensors", good=None, backbone=f"{other}:factory")
+    with pytest.raises(PlanmillError, match=r"parts.safetensors.*extractor|extractor.*parts.safetensors"):
+        inspect_pictures(changed)
