@@ -1,8 +1,6 @@
+#include "common/torch_headers.h"
+
 #include "neighbors/matching.h"
-
-#include <ATen/Parallel.h>
-
-#include <algorithm>
 
 namespace planmill {
 namespace {

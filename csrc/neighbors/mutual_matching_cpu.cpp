@@ -1,13 +1,9 @@
 // mutual_matching on the CPU: both maps packed once, every pair screened in bytes where the processor has them, and what
 // may be the best of its row or of its column evaluated again in float32. Maps whose rows look too much alike in bytes
 // are screened again in 16 bits.
-#include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
+#include "common/torch_headers.h"
 
-#include <algorithm>
 #include <atomic>
-#include <cmath>
 #include <memory>
 
 #include "neighbors/matching.h"
