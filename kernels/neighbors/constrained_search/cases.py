@@ -46,15 +46,15 @@ def cases() -> list[Case]:
         ),
         Case(
             "long_segment",  # on the CPU the screen of knn answers these
-            lambda t, g: constrained(g, unit(g, t, 33, 129), unit(g, t, 600, 129), 1, axes=0, segments=1),
+            lambda t, g: constrained(g, unit(g, t, 33, 129), unit(g, t, 300, 129), 1, axes=0, segments=1),
         ),
         Case(
             "many_neighbours",
-            lambda t, g: constrained(g, unit(g, t, 2, 16), unit(g, t, 600, 16), 400, radius=0.7, metric="l2sq"),
+            lambda t, g: constrained(g, unit(g, t, 2, 16), unit(g, t, 300, 16), 200, radius=0.7, metric="l2sq"),
         ),
         Case(
             "dense",  # nearly all pairs are within the radius: on the CPU they are screened
-            lambda t, g: constrained(g, unit(g, t, 33, 257), unit(g, t, 530, 257), 2, radius=0.9, metric="cosine"),
+            lambda t, g: constrained(g, unit(g, t, 33, 257), unit(g, t, 270, 257), 2, radius=0.9, metric="cosine"),
         ),
         Case(
             "ties",

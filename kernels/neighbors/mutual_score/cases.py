@@ -17,7 +17,7 @@ def _copies(dtype: torch.dtype, g: torch.Generator) -> torch.Tensor:
 
 def cases() -> list[Case]:
     return [
-        Case("small", lambda t, g: (unit(g, t, 5, 6, 8), 0.0, 0.5, *ALL, True), gradient=True, compiled=True),
+        Case("small", lambda t, g: (unit(g, t, 3, 6, 8), 0.0, 0.5, *ALL, True), gradient=True, compiled=True),
         Case("two_images", lambda t, g: (unit(g, t, 2, 1, 1), 0.0, 0.3, *ALL, True)),
         Case("odd", lambda t, g: (unit(g, t, 7, 37, 65), 0.0, 0.3, *ALL, True), gradient=True),
         Case("across_tiles", lambda t, g: (unit(g, t, 3, 131, 257), 0.0, 0.9, *ALL, True)),
