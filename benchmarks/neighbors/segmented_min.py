@@ -1,8 +1,4 @@
-"""segmented_min against the distance matrix and a minimum per segment: CANN's inner step, images against a query's rows.
-
-Error: of random queries against float64, relative to the largest distance: the larger of how far a distance is from the
-true minimum, and how far the row at the returned index is from reaching it.
-"""
+"""segmented_min against the distance matrix and a minimum per segment, as CANN needs it."""
 
 from itertools import pairwise
 
