@@ -22,6 +22,11 @@ def columns_of_tile(exact: bool, radius: bool, capability: int = 90) -> int:
     return 64 if exact or radius or capability >= 100 else 128
 
 
+def settle_warps(symmetric: bool, indices: bool) -> int:
+    """Where rows, columns and their indices are all kept, four warps have too few registers."""
+    return 8 if symmetric and indices else 4
+
+
 def capability_of(x: torch.Tensor) -> int:
     """90 for sm_90; also where the interpreter stands in for a device."""
     if not x.is_cuda:
@@ -146,7 +151,8 @@ def _settle(
         splits, blocks, step, y.rounding, match.radius2, match.grid_width,
         *match.rows.stride(), *match.database.stride(),
         EXACT=match.exact, SYMMETRIC=match.symmetric, RADIUS=match.radius2 >= 0, DOT=match.dot,
-        INDICES=out_where is not None, BLOCK_R=SETTLE_ROWS, BLOCK_C=SETTLE_C, BLOCK_Q=SETTLE_Q, num_warps=4,
+        INDICES=out_where is not None, BLOCK_R=SETTLE_ROWS, BLOCK_C=SETTLE_C, BLOCK_Q=SETTLE_Q,
+        num_warps=settle_warps(match.symmetric, out_where is not None),
     )  # fmt: skip
 
 

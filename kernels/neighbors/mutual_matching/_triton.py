@@ -8,7 +8,7 @@ a direction are NaN, and so are those that make two maps equally long: they matc
 import torch
 
 from planmill.kernels.common.triton_checks import StaticKernel
-from planmill.kernels.common.triton_match import SETTLE_C, SETTLE_Q, SETTLE_ROWS, Match, match_segments
+from planmill.kernels.common.triton_match import SETTLE_C, SETTLE_Q, SETTLE_ROWS, Match, match_segments, settle_warps
 from planmill.kernels.common.triton_search import settle_kernel
 from planmill.kernels.neighbors.knn import _triton as knn
 
@@ -89,5 +89,6 @@ STATIC = [  # the rest stands in kernels/common/triton_match.py and in knn
         constants={"EXACT": True, "SYMMETRIC": True, "RADIUS": False, "DOT": False, "INDICES": True,
                    "BLOCK_R": SETTLE_ROWS, "BLOCK_C": SETTLE_C, "BLOCK_Q": SETTLE_Q,
                    "x_stride_c": 1, "y_stride_c": 1},
+        num_warps=settle_warps(symmetric=True, indices=True),
     )
 ]  # fmt: skip
