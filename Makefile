@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: setup demo test check bench gpu clean
+.PHONY: setup demo test test-all check bench gpu clean
 
 setup: $(STAMP)
 
@@ -22,6 +22,10 @@ demo: $(STAMP)
 # Two workers, each with one thread; tests of the kernels' own threads ask for two (tests/conftest.py).
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# Also what is marked slow: the plans of every layer, every family as standard operators.
+test-all: $(STAMP)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow or not slow"
 
 check: $(STAMP)
 	$(BIN)/ruff check .

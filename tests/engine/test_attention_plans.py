@@ -108,10 +108,10 @@ def streams_and_prototypes() -> Model:
     return nn.Sequential(TwoStreams(), Prototypes()), torch.randn(2, 10, 8), ops
 
 
-MODELS: list[Callable[[], Model]] = [recurrences, images, selections, streams_and_prototypes]
+SLOW = [pytest.param(make, marks=pytest.mark.slow) for make in (images, selections, streams_and_prototypes)]
 
 
-@pytest.mark.parametrize("make", MODELS, ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", [recurrences, *SLOW], ids=lambda make: make.__name__)
 def test_plan(make: Callable[[], Model], tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, x, ops = make()

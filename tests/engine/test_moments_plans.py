@@ -73,10 +73,10 @@ def matrix_root() -> tuple[nn.Module, torch.Tensor, set[str]]:
     return model, torch.randn(2, 3, 10, 9), {"planmill::covariance", "planmill::matrix_root"}
 
 
-MODELS: list[Callable[[], tuple[nn.Module, torch.Tensor, set[str]]]] = [gaussians, moment_probing, matrix_root]
+SLOW = [pytest.param(make, marks=pytest.mark.slow) for make in (moment_probing, matrix_root)]
 
 
-@pytest.mark.parametrize("make", MODELS, ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", [gaussians, *SLOW], ids=lambda make: make.__name__)
 def test_plan(make: Callable[[], tuple[nn.Module, torch.Tensor, set[str]]], tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, x, ops = make()

@@ -106,7 +106,10 @@ def assert_parity(spec: OpSpec, args: tuple, got: tuple, want: tuple) -> None:
         torch.testing.assert_close(g, w, atol=atol, rtol=rtol, equal_nan=True, msg=lambda m: f"{spec.name}: {m}")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",  # one export a family; the largest two are slow
+    [pytest.param(family, marks=[pytest.mark.slow] * (family in ("attention", "routing"))) for family in FAMILIES],
+)
 def test_lowered_to_standard_operators(family: str, tmp_path: Path) -> None:
     specs = [spec for spec in PORTABLE if spec.family == family]
     captured = captured_calls(specs, dynamic=True)
