@@ -64,7 +64,7 @@ def build(
         example_inputs: one tensor, tensors in the order of `forward`, or tensors by argument name. Their sizes fix what
             `dynamic` leaves, their values set the range of the random inputs that the plan is verified on.
         out: the file to write, `*.plan`. What stands there is replaced only after the new plan has passed.
-        target: "aoti", "tensorrt-rtx" or "tensorrt".
+        target: "aoti", "openvino", "tensorrt-rtx" or "tensorrt".
         precision: "fp32", or "bf16" or "fp16": bfloat16 or float16 inside, the model's dtypes at the boundary.
         plugins: for TensorRT, how ops of ours stand in the plan: "python" (the default), "aot", or "none": each lowered
             to standard operators.

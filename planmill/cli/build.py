@@ -31,7 +31,7 @@ _STAGES = {
 def build(
     model: Annotated[str, typer.Argument(help="module.py:factory, package.module:factory, or a timm model's name.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The plan to write, *.plan.")],
-    target: Annotated[str, typer.Option(help="What to compile to: aoti, tensorrt-rtx or tensorrt.")] = "aoti",
+    target: Annotated[str, typer.Option(help="What to compile to: aoti, openvino, tensorrt-rtx or tensorrt.")] = "aoti",
     precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
     sm: Annotated[str | None, typer.Option(help="TensorRT: GPU architectures of the plan, e.g. 80,86,89,120.")] = None,
     plugins: Annotated[
