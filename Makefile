@@ -9,11 +9,12 @@ SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
 
 setup: $(STAMP)
 
-# torch first and pinned: the extension is built against it, so nothing may be built in isolation.
+# torch first and pinned: the extension is built against it, so nothing may be built in isolation. Of what is installed
+# only what a run imports is compiled to bytecode, when it does.
 $(STAMP): pyproject.toml setup.py constraints.txt $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -c constraints.txt torch==2.13.0 setuptools wheel ninja
-	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[gpu,tensorrt,openvino,serve,models,bench,dev]'
+	$(BIN)/python -m pip install -q --no-compile -c constraints.txt torch==2.13.0 setuptools wheel ninja
+	$(BIN)/python -m pip install -q --no-compile -c constraints.txt --no-build-isolation -e '.[gpu,tensorrt,openvino,serve,models,bench,dev]'
 	touch $(STAMP)
 
 demo: $(STAMP)

@@ -271,7 +271,10 @@ ALONE = {
 }
 
 
-@pytest.mark.parametrize("name", ALONE)
+@pytest.mark.parametrize(
+    "name",  # an export each: a third of them in every run
+    [pytest.param(name, marks=[pytest.mark.slow] * bool(index % 3)) for index, name in enumerate(ALONE)],
+)
 def test_look_alikes_stay_as_they_are(name: str) -> None:
     model, x = ALONE[name]()
     captured = capture(model, x, dynamic=SMALL)

@@ -11,7 +11,7 @@ from planmill import kernels
 from planmill.kernels.common import cpu
 from planmill.kernels.common.spec import Case, OpSpec
 
-ALL_CHECKS = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+CHECKS = ["test_schema", "test_autograd_registration", "test_faketensor"]
 SPECS = list(kernels.ops().values())
 
 
@@ -81,15 +81,23 @@ def test_a_cpu_kernel_is_there_when_declared(spec: OpSpec) -> None:
         assert backend == f"C++ ({kernels.cpu_capabilities()[-1]})"
 
 
-@pytest.mark.parametrize(("spec", "case", "dtype"), COMPILED, ids=name)
-def test_opcheck(spec: OpSpec, case: Case, dtype: torch.dtype) -> None:
-    args = tuple(
+def for_opcheck(spec: OpSpec, case: Case, dtype: torch.dtype) -> tuple:
+    return tuple(
         a.requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() and spec.differentiable else a
         for a in inputs(case, dtype)
     )
-    # Tracing with symbolic sizes takes seconds and does not look at the dtype: once per op is enough.
-    checks = ALL_CHECKS if dtype == torch.float32 else [check for check in ALL_CHECKS if "dynamic" not in check]
-    torch.library.opcheck(spec.op, args, test_utils=checks)
+
+
+@pytest.mark.parametrize(("spec", "case", "dtype"), COMPILED, ids=name)
+def test_opcheck(spec: OpSpec, case: Case, dtype: torch.dtype) -> None:
+    torch.library.opcheck(spec.op, for_opcheck(spec, case, dtype), test_utils=CHECKS)
+
+
+@pytest.mark.slow  # tracing gradients with symbolic sizes: seconds each; compile and export run always
+@pytest.mark.parametrize(("spec", "case"), TRACED, ids=name)
+def test_opcheck_with_symbolic_sizes(spec: OpSpec, case: Case) -> None:
+    args = for_opcheck(spec, case, case.dtypes[0])
+    torch.library.opcheck(spec.op, args, test_utils=["test_aot_dispatch_dynamic"])
 
 
 class Call(torch.nn.Module):

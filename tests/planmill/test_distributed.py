@@ -146,6 +146,7 @@ def test_minima_and_means_of_shards(low: float, high: float, radius: float | Non
     same([torch.cat(scores)], [score_mutually(images, low, high, radius=radius, grid=(6, 6))])
 
 
+@pytest.mark.slow  # processes of their own; the arithmetic is test_minima_and_means_of_shards'
 def test_mutual_scoring(monkeypatch: pytest.MonkeyPatch) -> None:
     images = images_of(8, 64, 200)
     killer = Killer(monkeypatch, mutual_module, "finish", at=1)
@@ -154,6 +155,7 @@ def test_mutual_scoring(monkeypatch: pytest.MonkeyPatch) -> None:
     assert killer.left < 0
 
 
+@pytest.mark.slow
 def test_a_bank_behind_faiss(ray: Any) -> None:
     pytest.importorskip("faiss")
     bank = MemoryBank(rows_of(3000, 32).nan_to_num(0, 5, 5))

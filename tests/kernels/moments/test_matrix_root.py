@@ -84,6 +84,7 @@ def test_matrices_of_a_batch_do_not_depend_on_each_other(generator: torch.Genera
         assert torch.equal(again[b], together[b])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("two_threads")
 def test_random_matrices() -> None:
     """Random sizes, spectra, ranks, factors and lengths on every instruction set."""
