@@ -175,7 +175,9 @@ def _choose_answer(accept: str) -> str:
 
 async def _say(request: HttpRequest, error: Exception) -> HttpResponse:
     assert isinstance(error, HTTPException)
-    return _json(error.status_code, {"error": f"{request.method} {request.url.path}: {error.detail}"}, error.headers)
+    return _json(
+        error.status_code, {"error": f"{request.method} {request.url.path[:200]}: {error.detail}"}, error.headers
+    )
 
 
 def _json(status: int, content: Any, headers: Any = None) -> HttpResponse:

@@ -7,6 +7,7 @@ multiple of that, or run code. What cannot be read raises `BadRequestError` with
 import io
 import json
 import struct
+import tokenize
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ JSON, NPY, SAFETENSORS = "application/json", "application/x-npy", "application/x
 IMAGES = {"image/png": "PNG", "image/jpeg": "JPEG"}
 REQUESTS = (JSON, NPY, SAFETENSORS, *IMAGES)
 RESPONSES = (JSON, NPY, SAFETENSORS)
+
+_MOST_SCANS = 100  # of a JPEG: a progressive one has ten, and each costs a pass over the picture
 
 Named = dict[str, torch.Tensor]
 
@@ -91,7 +94,7 @@ def encode(outputs: Mapping[str, torch.Tensor], kind: str) -> bytes:
         kind: its content type, one of RESPONSES.
 
     Raises:
-        BadRequestError: npy was asked for, and there are several outputs.
+        BadRequestError: npy was asked for, and there are several outputs; or JSON, and one is complex.
     """
     if kind == SAFETENSORS:
         return save_safetensors({name: x.contiguous() for name, x in outputs.items()})
@@ -101,6 +104,9 @@ def encode(outputs: Mapping[str, torch.Tensor], kind: str) -> bytes:
         file = io.BytesIO()
         numpy.save(file, _to_numpy(next(iter(outputs.values()))), allow_pickle=False)
         return file.getvalue()
+    for name, x in outputs.items():
+        if x.is_complex():
+            raise BadRequestError(406, f"output {name} is complex, and JSON has no such number: ask for {SAFETENSORS}")
     return json.dumps({"outputs": {name: _to_json(x) for name, x in outputs.items()}}, allow_nan=False).encode()
 
 
@@ -146,7 +152,10 @@ def _cast(array: numpy.ndarray, spec: TensorSpec) -> torch.Tensor:
     if dtype.is_floating_point or dtype.is_complex:
         if kind == "b":
             raise BadRequestError(400, f"input {spec.name} must be numbers, got booleans")
-        return torch.from_numpy(array.astype(numpy.float64)).to(dtype)
+        found = torch.from_numpy(array.astype(numpy.float64)).to(dtype)
+        if not torch.isfinite(found).all():
+            raise BadRequestError(400, f"input {spec.name} has a number beyond {spec.dtype}")
+        return found
     if dtype == torch.bool:
         if kind != "b":
             raise BadRequestError(400, f"input {spec.name} must be booleans")
@@ -164,7 +173,10 @@ def _decode_npy(body: bytes, spec: TensorSpec) -> torch.Tensor:
         version = numpy.lib.format.read_magic(file)
         read = {(1, 0): numpy.lib.format.read_array_header_1_0, (2, 0): numpy.lib.format.read_array_header_2_0}[version]
         shape, fortran, dtype = read(file, max_header_size=4096)
-    except (ValueError, KeyError, EOFError, SyntaxError, RecursionError, MemoryError, TypeError):
+    except (
+        *(ValueError, KeyError, EOFError, SyntaxError, RecursionError, MemoryError, TypeError),
+        tokenize.TokenError,  # numpy tokenizes a header that is no Python, in case it is Python 2
+    ):
         raise BadRequestError(400, "the body is not an .npy file") from None
     data = memoryview(body)[file.tell() :]
     count = 1
@@ -173,9 +185,9 @@ def _decode_npy(body: bytes, spec: TensorSpec) -> torch.Tensor:
     if dtype.hasobject or any(size < 0 for size in shape) or count * dtype.itemsize != len(data):
         raise BadRequestError(400, "the .npy file is cut short, too long, or holds no plain numbers")
     try:
-        array = numpy.frombuffer(data, dtype, count).reshape(shape, order="F" if fortran else "C")
+        array = numpy.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
         return torch.from_numpy(numpy.array(array, dtype=dtype.newbyteorder("="), order="C"))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise BadRequestError(400, f"the .npy file holds {str(dtype)[:40]}, and the plan takes {spec.dtype}") from None
 
 
@@ -188,31 +200,50 @@ def _decode_safetensors(body: bytes, specs: Sequence[TensorSpec]) -> Named:
 
 def _decode_image(body: bytes, kind: str, spec: TensorSpec, settings: ImageSettings) -> torch.Tensor:
     """An image as the sample of an input [B, C, H, W], resized where H and W are fixed."""
-    from PIL import Image
-
     channels = spec.shape[1] if len(spec.shape) == 4 else None
     if channels not in (1, 3):
         raise BadRequestError(415, f"the plan's input {spec.name} is {spec}, which is no image: send {JSON}")
-    try:
-        with Image.open(io.BytesIO(body), formats=[kind]) as image:
-            if image.width * image.height > settings.max_pixels:
-                size = f"{image.width} x {image.height}"
-                raise BadRequestError(413, f"the image has {size} pixels; at most {settings.max_pixels} are decoded")
-            picture = image.convert("L" if channels == 1 else "RGB")
-    except Image.DecompressionBombError:
-        raise BadRequestError(413, f"the image has more than {settings.max_pixels} pixels") from None
-    except (OSError, SyntaxError, ValueError, TypeError, EOFError, IndexError, struct.error, zlib.error, MemoryError):
-        raise BadRequestError(400, f"the body is not a whole {kind} image") from None
+    picture = _open_image(body, kind, "L" if channels == 1 else "RGB", settings.max_pixels)
     height, width = (
         size if isinstance(size, int) else own for size, own in zip(spec.shape[2:], picture.size[::-1], strict=True)
     )
-    if (width, height) != picture.size:
-        picture = picture.resize((width, height), Image.Resampling.BILINEAR)
+    picture = _resized(picture, width, height)
     pixels = torch.from_numpy(numpy.array(picture)).reshape(height, width, channels).permute(2, 0, 1)[None]
     if spec.torch_dtype == torch.uint8:
         return pixels.contiguous()
     mean, std = (torch.tensor(values).reshape(1, -1, 1, 1) for values in (settings.mean, settings.std))
     return ((pixels.float() / 255 - mean) / std).to(spec.torch_dtype)
+
+
+def _open_image(body: bytes, kind: str, mode: str, max_pixels: int) -> Any:
+    """A PIL image of `mode`; 16 bits per value become 8."""
+    from PIL import Image
+
+    scans = body.count(b"\xff\xda") if kind == "JPEG" else 1
+    if scans > _MOST_SCANS:
+        raise BadRequestError(400, f"the JPEG has {scans} scans; at most {_MOST_SCANS} are decoded")
+    try:
+        with Image.open(io.BytesIO(body), formats=[kind]) as image:
+            if image.width * image.height > max_pixels:
+                size = f"{image.width} x {image.height}"
+                raise BadRequestError(413, f"the image has {size} pixels; at most {max_pixels} are decoded")
+            if image.mode.startswith("I"):  # Pillow would cut them off at 255
+                values = (numpy.asarray(image).astype(numpy.uint32) + 128) // 257
+                return Image.fromarray(values.astype(numpy.uint8)).convert(mode)
+            return image.convert(mode)
+    except Image.DecompressionBombError:
+        raise BadRequestError(413, f"the image has more than {max_pixels} pixels") from None
+    except (OSError, SyntaxError, ValueError, TypeError, EOFError, IndexError, struct.error, zlib.error, MemoryError):
+        raise BadRequestError(400, f"the body is not a whole {kind} image") from None
+
+
+def _resized(picture: Any, width: int, height: int) -> Any:
+    """Bilinear. Pillow resizes rows first: a high and narrow picture would become wide at its full height."""
+    from PIL import Image
+
+    if width * picture.height > picture.width * height:
+        picture = picture.resize((picture.width, height), Image.Resampling.BILINEAR)
+    return picture.resize((width, height), Image.Resampling.BILINEAR)
 
 
 def _to_numpy(x: torch.Tensor) -> numpy.ndarray:

@@ -201,6 +201,7 @@ def _run(
     import uvicorn
 
     from planmill.serving.gateway import Gateway
+    from planmill.serving.protocol import Protocol
 
     limits = replace(settings.limits, slots=CONNECTIONS * settings.workers)
     pool = Pool(folder)
@@ -210,7 +211,8 @@ def _run(
         log_level="error",
         access_log=False,
         lifespan="on",
-        http="h11",  # httptools holds headers of any length
+        http=Protocol,
+        ws="none",
         h11_max_incomplete_event_size=16 << 10,
         timeout_keep_alive=75,
         timeout_graceful_shutdown=int(settings.drain_s) + 1,

@@ -48,6 +48,8 @@ class Worker:
                 results[i] = refusal(error.status, error.message)
             except PlanError as error:
                 results[i] = refusal(400, str(error))
+            except Exception as error:  # of a library that reads bodies: it may cost this request, never the batch
+                results[i] = refusal(400, f"the body cannot be read: {type(error).__name__}")
         for group in plan_groups(inputs, self._largest):
             outputs = run_together(self._session, [inputs[i] for i in group])
             for i, output in zip(group, outputs, strict=True):

@@ -13,6 +13,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy
@@ -24,7 +25,8 @@ from torch import nn
 
 from planmill.cli import main
 from planmill.engine import Plan
-from planmill.serving.payloads import JSON, NPY, SAFETENSORS
+from planmill.serving.payloads import JSON, NPY, SAFETENSORS, ImageSettings, decode
+from planmill.serving.worker import Worker
 
 
 class Server:
@@ -219,6 +221,21 @@ def test_one_server_from_start_to_end(server: Server, judge: nn.Module) -> None:
     check_damaged_requests_get_a_4xx(server)
     check_a_killed_worker_costs_only_what_it_had(server)
     check_the_end_finishes_what_was_accepted(server)
+
+
+def test_a_surprise_in_one_body_costs_one_request(judge_plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    def surprising(body: bytes, *rest: Any) -> list[torch.Tensor]:
+        if body == b"x":
+            raise SystemError("a library's own")
+        return decode(body, *rest)
+
+    monkeypatch.setattr("planmill.serving.worker.decode", surprising)
+    good = (as_npy(torch.randn(1, 3, 8, 8)), NPY, JSON)
+    answers = Worker(str(judge_plan.path), ImageSettings(), torch.get_num_threads()).answer(
+        [good, (b"x", NPY, JSON), good]
+    )
+    assert [status for status, _, _ in answers] == [200, 400, 200]
+    assert json.loads(answers[1][2]) == {"error": "the body cannot be read: SystemError"}
 
 
 def test_mistakes_are_one_line(

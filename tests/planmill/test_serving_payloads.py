@@ -77,6 +77,33 @@ def test_images(generator: torch.Generator) -> None:
     assert torch.equal(got, gray[None, None])
 
 
+def test_sixteen_bits_become_eight() -> None:
+    values = numpy.array([[0, 128, 129, 257, 40_000, 65_535]], numpy.uint16)
+    (got,) = decode(image(values), "image/png", [GRAY], PLAIN)
+    assert got.flatten().tolist() == [0, 0, 1, 1, 156, 255]
+
+
+@pytest.mark.parametrize("size", [(1, 5000), (5000, 1), (7, 300), (31, 3), (8, 8)], ids=str)
+def test_resizing_stays_small_whatever_the_picture(
+    size: tuple[int, int], monkeypatch: pytest.MonkeyPatch, generator: torch.Generator
+) -> None:
+    """A high and narrow picture for a wide input: Pillow alone would widen it at its full height."""
+    pixels = torch.randint(0, 256, size[::-1], generator=generator, dtype=torch.uint8).numpy()
+    wide = TensorSpec(name="x", dtype="uint8", shape=["batch", 1, 4, 700])
+    steps = []
+    plain = Image.Image.resize
+
+    def resize(self: Image.Image, to: tuple[int, int], *args: Any) -> Image.Image:
+        steps.append(to[0] * self.height)  # between the two passes
+        return plain(self, to, *args)
+
+    wanted = plain(Image.fromarray(pixels), (700, 4), Image.Resampling.BILINEAR)
+    monkeypatch.setattr(Image.Image, "resize", resize)
+    (got,) = decode(image(pixels), "image/png", [wide], PLAIN)
+    assert (got[0, 0].int() - torch.from_numpy(numpy.array(wanted)).int()).abs().max() <= 1
+    assert max(steps) <= max(700 * 4, size[0] * size[1])
+
+
 def png_of(width: int, height: int) -> bytes:
     """A valid head of a PNG that claims any size, and little else."""
     parts = [b"\x89PNG\r\n\x1a\n"]
@@ -87,6 +114,20 @@ def png_of(width: int, height: int) -> bytes:
     ):
         parts += [struct.pack(">I", len(data)), tag, data, struct.pack(">I", zlib.crc32(tag + data))]
     return b"".join(parts)
+
+
+def npy_of(head: str) -> bytes:
+    """A .npy file of a head alone."""
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(head) + 1) + head.encode() + b"\n"
+
+
+def scans_of(count: int) -> bytes:
+    """A JPEG that refines the same picture again and again: each scan is small and costs a pass over the picture."""
+    file = io.BytesIO()
+    Image.new("L", (64, 64), 90).save(file, "JPEG", progressive=True)
+    body = file.getvalue()
+    scan = body[body.rfind(b"\xff\xda") : -2]
+    return body[:-2] + scan * (count - body.count(b"\xff\xda")) + body[-2:]
 
 
 HUGE = b"\x93NUMPY\x01\x00\x76\x00" + (
@@ -116,12 +157,19 @@ HUGE = b"\x93NUMPY\x01\x00\x76\x00" + (
         (npy(numpy.zeros(3))[:-1], NPY, 400, "cut short"),
         (npy(numpy.zeros(3)) + b"x", NPY, 400, "too long"),
         (npy(numpy.array(["a"])), NPY, 400, "<U1"),
+        (npy_of("(" * 3000), NPY, 400, "not an .npy"),
+        (npy_of("{'descr': 'S0', 'fortran_order': False, 'shape': (99999999999999999999,), }"), NPY, 400, "S0"),
+        (npy_of("{'descr': '<f4', 'fortran_order': False, 'shape': (0, 99999999999999999999), }"), NPY, 400, "float32"),
+        (b'{"inputs": [1e39]}', JSON, 400, "beyond float32"),
+        (b'{"inputs": [-1e999]}', JSON, 400, "beyond float32"),
         (b"\xff" * 64, SAFETENSORS, 400, "not a safetensors"),
         (image(numpy.zeros((8, 8, 3), numpy.uint8))[:-30], "image/png", 400, "not a whole PNG"),
         (image(numpy.zeros((8, 8, 3), numpy.uint8)), "image/jpeg", 400, "not a whole JPEG"),
         (png_of(60_000, 60_000), "image/png", 413, "pixels"),
         (png_of(5000, 4000), "image/png", 413, "5000 x 4000 pixels; at most 16777216"),
         (png_of(100, 100), "image/png", 400, "not a whole PNG"),
+        (png_of(0, 8), "image/png", 400, "not a whole PNG"),
+        (scans_of(101), "image/jpeg", 400, "has 101 scans; at most 100"),
     ],
 )
 def test_refused(body: bytes, kind: str, status: int, message: str) -> None:
@@ -156,6 +204,8 @@ def test_answers(generator: torch.Generator) -> None:
     odd = torch.tensor([[[1.0, float("nan")], [float("inf"), -2.0]]])
     assert json.loads(encode({"y": odd}, JSON))["outputs"]["y"] == [[[1.0, None], [None, -2.0]]]
     assert json.loads(encode({"y": torch.empty(0, 2)}, JSON))["outputs"]["y"] == []
+    with pytest.raises(BadRequestError, match="output y is complex"):
+        encode({"y": torch.ones(2, dtype=torch.complex64)}, JSON)
     with pytest.raises(BadRequestError, match="npy holds one array"):
         encode(both, NPY)
 
