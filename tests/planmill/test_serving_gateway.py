@@ -261,7 +261,7 @@ def test_health_without_a_worker() -> None:
 
 @asynccontextmanager
 async def listening(hand: Hand, caplog: pytest.LogCaptureFixture) -> AsyncIterator[tuple[int, set[Any]]]:
-    """The port of a server and its connections, which may idle for a quarter of a second; nothing may go wrong in it."""
+    """The port of a server and its connections, which may idle for a quarter of a second; nothing goes wrong in it."""
     gateway = Gateway(hand, {"model": "m"}, Limits())
     config = uvicorn.Config(
         gateway.app, port=0, log_config=None, http=Protocol, ws="none", h11_max_incomplete_event_size=16 << 10
