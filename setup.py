@@ -32,7 +32,8 @@ def precompile(flags: list[str]) -> None:
     header, out = ROOT / "csrc" / HEADER, PRECOMPILED / f"{HEADER}.gch"
     compiler = os.environ.get("CXX", "c++").split()
     command = [*compiler, *flags, "-x", "c++-header", str(header), "-o", str(out)]
-    made_from, stamp = f"{torch.__version__} {command} {header.read_text()}", out.with_suffix(".from")
+    version = subprocess.run([*compiler, "--version"], check=False, capture_output=True, text=True).stdout
+    made_from, stamp = f"{version} {torch.__version__} {command} {header.read_text()}", out.with_suffix(".from")
     if out.exists() and stamp.exists() and stamp.read_text() == made_from:
         return
     out.parent.mkdir(parents=True, exist_ok=True)

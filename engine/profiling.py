@@ -37,7 +37,7 @@ class Profile:
         calls: measured.
         time_ms: of one call, measured under the profiler, which slows small kernels down.
         stages: the session's own, in order; they make up the call.
-        kernels: inside the payload, longest first. Native code that reports nothing to PyTorch's profiler is the
+        kernels: of the call, longest first. Native code that reports nothing to PyTorch's profiler is the
             difference between their sum and the stage "payload".
     """
 

@@ -26,11 +26,19 @@ class Timed(float):
     @classmethod
     def of(cls, call: Callable[[], torch.Tensor], factor: float = 1.0) -> "Timed":
         """The time of one call, times `factor`."""
+        _wait()
         start = time.perf_counter()
         chosen = call()
+        _wait()
         timed = cls((time.perf_counter() - start) * 1e3 * factor)
         timed.chosen = chosen
         return timed
+
+
+def _wait() -> None:
+    """For what a GPU was given before."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def gaussian(rows: int, width: int) -> Callable[[Draw], tuple]:

@@ -68,7 +68,7 @@ class Load:
         """The numbers that are reported."""
         p50, p99 = (1e3 * float(numpy.percentile(self.latencies, q)) for q in (50, 99))
         errors = sum(count for status, count in self.statuses.items() if status != 200)
-        rate = len(self.latencies) / self.seconds
+        rate = self.statuses[200] / self.seconds
         row = {"server": name, "clients": clients, "seconds": round(self.seconds, 1), "requests_per_s": round(rate, 1)}
         return row | {"p50_ms": round(p50, 2), "p99_ms": round(p99, 2), "errors": errors}
 
@@ -76,6 +76,7 @@ class Load:
 def turn(port: int, bodies: list[bytes], clients: int, seconds: float, load: Load) -> None:
     """Let the callers call for some seconds, and add what they saw."""
     started = time.perf_counter()
+    seen = [Counter() for _ in range(clients)]  # one of each thread's own
 
     def call(first: int) -> None:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
@@ -84,7 +85,7 @@ def turn(port: int, bodies: list[bytes], clients: int, seconds: float, load: Loa
             before = time.perf_counter()
             status, _ = post(connection, bodies[i % len(bodies)])
             load.latencies.append(time.perf_counter() - before)
-            load.statuses[status] += 1
+            seen[first][status] += 1
             i += clients
         connection.close()
 
@@ -93,6 +94,7 @@ def turn(port: int, bodies: list[bytes], clients: int, seconds: float, load: Loa
         thread.start()
     for thread in threads:
         thread.join()
+    load.statuses.update(sum(seen, Counter()))
     load.seconds += time.perf_counter() - started
 
 

@@ -1,4 +1,4 @@
-// Screening into shortlists: what knn, matching_pursuit and dictionary_lookup share.
+// Screening into shortlists: what knn, matching_pursuit, dictionary_lookup and constrained_search share.
 #pragma once
 
 #include "neighbors/screening.h"
@@ -42,7 +42,7 @@ void list_candidates(const Screening& s, int64_t slot, int64_t count, int64_t ri
     if (!s.left.valid(slot + r) || lists[r].abandoned()) continue;
     const RowStats stats{own.inv[r], own.half[r], own.norm[r], own.res[r]};
     float* products = w.products.data() + r * ld;
-    if (!lists[r].started())
+    if (!lists[r].started() && strangers < columns)
       lists[r].start(w.low_left.data(), s.kernels.group_bounds(products, ld, stats, others, bounded, w.low_left.data()),
                      strangers);
     const int64_t listed = s.kernels.list_above(products, ld, stats, others, bounded, lists[r].threshold(), w.found.data(),

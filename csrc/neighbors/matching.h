@@ -9,7 +9,7 @@
 namespace planmill {
 
 // The nearest and the second nearest of one row so far. Ties go to the lower index; NaN is no neighbour.
-struct Nearest {
+struct TwoNearest {
   float distance[2] = {std::numeric_limits<float>::infinity(), std::numeric_limits<float>::infinity()};
   int32_t index = -1;
   void add(float d, int32_t i) {
@@ -19,7 +19,7 @@ struct Nearest {
       distance[1] = d;
     }
   }
-  void join(const Nearest& other) {  // of other rows
+  void join(const TwoNearest& other) {  // of other rows
     if (other.index < 0) return;
     add(other.distance[0], other.index);
     if (other.distance[1] < distance[1]) distance[1] = other.distance[1];
@@ -29,7 +29,7 @@ struct Nearest {
 // One map: what its rows found, and lower bounds of the best and the second best v of each (screen.h), one behind the
 // other; `looked` are those that looks have given, of pairs that differ.
 struct Known {
-  std::vector<Nearest> nearest;
+  std::vector<TwoNearest> nearest;
   std::vector<float> low, looked;
 
   explicit Known(int64_t rows = 0);

@@ -133,10 +133,10 @@ struct Results {
 
 void write(const Matcher& found, double size, double ratio, const Results& out) {
   const auto limit = static_cast<float>(ratio);
-  const auto clear = [&](const Nearest& row) { return limit >= 1.0f || row.distance[0] <= limit * row.distance[1]; };
+  const auto clear = [&](const TwoNearest& row) { return limit >= 1.0f || row.distance[0] <= limit * row.distance[1]; };
   for (int64_t j = 0; j < found.right.count(); ++j) out.back[j] = found.right.nearest[j].index;
   for (int64_t i = 0; i < found.left.count(); ++i) {
-    const Nearest& row = found.left.nearest[i];
+    const TwoNearest& row = found.left.nearest[i];
     const double distance = row.distance[0];
     out.scores[i] = row.index < 0 ? -kInfinity : static_cast<float>(size - 0.5 * distance * distance);
     out.nearest[i] = row.index;

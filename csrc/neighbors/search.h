@@ -1,4 +1,5 @@
-// The best row of each segment of a database for every query: what bank_score, segmented_max and token_matching share.
+// The best row of each segment of a database for every query: what bank_score, segmented_max,
+// segmented_min and token_matching share.
 #pragma once
 
 #include <vector>

@@ -39,7 +39,9 @@ def check_alike(op: str, name: str, x: torch.Tensor, first_name: str, first: tor
     check_device(op, name, x, first_name, first)
 
 
-def check_matrices(op: str, queries: torch.Tensor, database: torch.Tensor) -> None:
+def check_matrices(
+    op: str, queries: torch.Tensor, database: torch.Tensor, names: tuple[str, str] = ("queries", "database")
+) -> None:
     """Raise unless `queries` [n, D] and `database` [m, D] are float matrices of one width D >= 1, dtype and device."""
     if (
         queries.dim() == 2 == database.dim()
@@ -50,13 +52,14 @@ def check_matrices(op: str, queries: torch.Tensor, database: torch.Tensor) -> No
         and queries.shape[1] > 0
     ):
         return
-    check_rank(op, "queries", queries, 2, "[n, D]")
-    check_rank(op, "database", database, 2, "[m, D]")
-    check_float(op, "queries", queries)
-    check_alike(op, "database", database, "queries", queries)
+    first, second = names
+    check_rank(op, first, queries, 2, "[n, D]")
+    check_rank(op, second, database, 2, "[m, D]")
+    check_float(op, first, queries)
+    check_alike(op, second, database, first, queries)
     if queries.shape[1] == 0:
-        raise ValueError(f"{op}: queries must be [n, D] with D at least 1, got {list(queries.shape)}")
-    raise ValueError(f"{op}: database must be [m, {queries.shape[1]}] like queries, got {list(database.shape)}")
+        raise ValueError(f"{op}: {first} must be [n, D] with D at least 1, got {list(queries.shape)}")
+    raise ValueError(f"{op}: {second} must be [m, {queries.shape[1]}] like {first}, got {list(database.shape)}")
 
 
 def check_choice(op: str, name: str, value: str, choices: Sequence[str]) -> None:

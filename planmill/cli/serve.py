@@ -50,6 +50,7 @@ def serve(
         threads=threads,
         limits=limits,
         images=ImageSettings(max_pixels=max_pixels, **images),
+        drain_s=2 * timeout_s,  # of reading a body, and of an answer
     )
     console = Console(stderr=True, highlight=False)
 

@@ -52,7 +52,7 @@ class FaissIndex:
         index.add(vectors)
         space = faiss.ParameterSpace()
         for part, name in (("IVF", "nprobe"), ("HNSW", "efSearch")):
-            if self.description.startswith(part):
+            if any(each.startswith(part) for each in self.description.split(",")):  # behind "OPQ16," too
                 space.set_index_parameter(index, name, self.probes)
         return _Search(self, index, rows, kept)
 

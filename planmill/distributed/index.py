@@ -80,6 +80,8 @@ class ShardedIndex:
             check_rank("ShardedIndex", "rows", rows, 2, "[m, D]")
         self._ray = connect(address)
         sources = split(self._ray, "ShardedIndex", rows, shards, placement.cpus)
+        if table is not None and len(table) != len(sources):
+            raise ValueError(f"ShardedIndex: table must have {len(sources)} parts like rows, got {len(table)}")
         # The references are kept: a shard that is started again finds its data through them.
         self._blocks = [store(self._ray, source) for source in sources]
         self._tables = [None] * len(sources) if table is None else [store(self._ray, source) for source in table]
@@ -146,8 +148,17 @@ class ShardedIndex:
         return distances.contiguous(), indices.to(torch.int32 if len(self) <= INT32_ROWS else torch.int64)
 
     def take(self, name: str, at: torch.Tensor) -> torch.Tensor:
-        """Entries `at` [...] (int64) of the rows ("rows") or of the table ("table"): [..., D] or [..., b]."""
+        """Entries `at` [...] (int64) of the rows ("rows") or of the table ("table"): [..., D] or [..., b].
+
+        Raises:
+            ValueError: another name, no table, no entries or one that is no row of the index.
+            PlanmillError: a shard is lost for good.
+        """
         flat = at.reshape(-1)
+        if name not in ("rows", "table") or (name == "table" and self._tables[0] is None):
+            raise ValueError(f"ShardedIndex.take: name must be rows, or table where there is one, got {name!r}")
+        if len(flat) == 0 or bool(((flat < 0) | (flat >= len(self))).any()):
+            raise ValueError(f"ShardedIndex.take: at must hold rows from 0 to {len(self) - 1}, got {flat.tolist()[:8]}")
         calls, places = [], []
         for actor, (first, last) in zip(self.actors, pairwise(self.ends), strict=True):
             here = ((flat >= first) & (flat < last)).nonzero()[:, 0]

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from planmill.errors import PlanmillError
 from planmill.inspection.backbones import Backbone
@@ -51,8 +52,10 @@ class BankOfPatches:
         try:
             self._bank.save(scratch)
             scratch.replace(self.path)
-        except OSError as error:
-            raise PlanmillError(f"--bank {self.path}: cannot be written: {error.strerror}") from error
+        except (OSError, SafetensorError) as error:
+            raise PlanmillError(f"--bank {self.path}: cannot be written: {error}") from error
+        finally:
+            scratch.unlink(missing_ok=True)
 
     def score(self, tokens: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """See PictureModel."""

@@ -14,6 +14,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from planmill.errors import PlanmillError
 from planmill.inspection.results import Progress, SkippedPicture
+from planmill.pixels import eight_bit
 
 _USUAL = (".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 _RARE = (".avif", ".dib", ".j2k", ".jp2", ".pbm", ".pgm", ".pnm", ".ppm", ".tga")
@@ -129,7 +130,7 @@ def _read(path: Path, name: str, size: tuple[int, int], channels: int) -> Pictur
             image.load()
             upright = ImageOps.exif_transpose(image)
             mode = upright.mode
-            shown = _eight_bit(upright)
+            shown = eight_bit(upright)
     if min(shown.size) < SMALLEST_SIDE:
         raise ValueError(f"odd size: {shown.width} x {shown.height} pixels, smaller than {SMALLEST_SIDE}")
     notes = [f"first of {frames} frames"] if frames > 1 else []
@@ -145,21 +146,6 @@ def _formats() -> tuple[str, ...]:
     """Those that this Pillow can open."""
     Image.init()
     return tuple(name for name in _FORMATS if name in Image.OPEN)
-
-
-def _eight_bit(image: Image.Image) -> Image.Image:
-    """As L or RGB. 16-bit values are divided by 257, transparency shows black, floating point must lie in 0..1."""
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        values = np.asarray(image).astype(np.float64)
-        limit = 1.0 if image.mode == "F" else 65535.0
-        if not (np.isfinite(values).all() and values.min(initial=0) >= 0 and values.max(initial=0) <= limit):
-            raise ValueError(f"pixel values of mode {image.mode} outside 0..{limit:g}")
-        return Image.fromarray(np.round(values * (255 / limit)).astype(np.uint8))
-    if image.has_transparency_data:
-        layered = image.convert("RGBA")
-        black = Image.new("RGBA", layered.size, (0, 0, 0, 255))
-        return Image.alpha_composite(black, layered).convert("RGB")
-    return image.convert("L") if image.mode in ("1", "L") else image.convert("RGB")
 
 
 def _thumbnail(image: Image.Image) -> bytes:

@@ -87,8 +87,8 @@ class ScoredPicture:
         file: relative to the folder, with `/`; bytes that are no UTF-8 are shown as `\\xNN`.
         score: what pictures are sorted by. mutual: 0 to 1 over the set, after re-scoring by similar pictures; gaussian:
             distance of the whole picture from the good ones; padim: raw_score; bank: the bank's, re-weighted.
-        raw_score: maximum of the anomaly map, in units of the distance between unit vectors (mutual and bank), or of
-            standard deviations of the good pictures (Mahalanobis distance).
+        raw_score: maximum of the anomaly map, in units of the distance between unit vectors (mutual), or between rows
+            of one such vector per layer (bank), or of standard deviations of the good pictures (Mahalanobis distance).
         size: (width, height) in pixels, as shown (EXIF orientation applied).
         note: what was done to it, e.g. "first of 3 frames"; may be empty.
         heatmap: file of the heat map, relative to the output folder, with `/`.

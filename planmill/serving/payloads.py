@@ -6,6 +6,7 @@ multiple of that, or run code. What cannot be read raises `BadRequestError` with
 
 import io
 import json
+import math
 import struct
 import tokenize
 import zlib
@@ -20,6 +21,7 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 
 from planmill.engine import TensorSpec
+from planmill.pixels import eight_bit
 
 JSON, NPY, SAFETENSORS = "application/json", "application/x-npy", "application/x-safetensors"
 IMAGES = {"image/png": "PNG", "image/jpeg": "JPEG"}
@@ -136,8 +138,12 @@ def _decode_json(body: bytes, specs: Sequence[TensorSpec]) -> Named:
 
 def _from_lists(value: Any, spec: TensorSpec) -> torch.Tensor:
     try:
-        array = numpy.array(value)
+        # As objects first: numpy pads every string of a list to the longest.
+        kinds = set(map(type, numpy.array(value, dtype=object).ravel().tolist()))
+        array = numpy.array(value if kinds <= {bool, int, float} else "")
     except (ValueError, OverflowError, RecursionError, TypeError):
+        kinds = {list}
+    if list in kinds:
         raise BadRequestError(400, f"input {spec.name} must be nested lists of equal lengths") from None
     if array.dtype.kind not in "biuf":
         raise BadRequestError(400, f"input {spec.name} must be nested lists of numbers")
@@ -227,10 +233,7 @@ def _open_image(body: bytes, kind: str, mode: str, max_pixels: int) -> Any:
             if image.width * image.height > max_pixels:
                 size = f"{image.width} x {image.height}"
                 raise BadRequestError(413, f"the image has {size} pixels; at most {max_pixels} are decoded")
-            if image.mode.startswith("I"):  # Pillow would cut them off at 255
-                values = (numpy.asarray(image).astype(numpy.uint32) + 128) // 257
-                return Image.fromarray(values.astype(numpy.uint8)).convert(mode)
-            return image.convert(mode)
+            return eight_bit(image).convert(mode)
     except Image.DecompressionBombError:
         raise BadRequestError(413, f"the image has more than {max_pixels} pixels") from None
     except (OSError, SyntaxError, ValueError, TypeError, EOFError, IndexError, struct.error, zlib.error, MemoryError):
@@ -254,8 +257,7 @@ def _to_numpy(x: torch.Tensor) -> numpy.ndarray:
 def _to_json(x: torch.Tensor) -> Any:
     """Nested lists; null where JSON has no number (NaN, infinity)."""
     if x.is_floating_point() and not bool(torch.isfinite(x).all()):
-        flat = [value if torch.isfinite(value) else None for value in x.flatten()]
-        return _nest([value if value is None else value.item() for value in flat], list(x.shape))
+        return _nest([value if math.isfinite(value) else None for value in x.flatten().tolist()], list(x.shape))
     return x.tolist()
 
 

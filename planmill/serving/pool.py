@@ -115,6 +115,12 @@ class Pool:
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(0.1)
+            for _ in range(self._idle.qsize()):
+                connection = self._idle.get_nowait()
+                if connection.reader.at_eof():  # its worker is gone
+                    self._drop(connection)
+                else:
+                    self._idle.put_nowait(connection)
             await self._connect()
 
     async def _connect(self) -> None:

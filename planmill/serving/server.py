@@ -159,7 +159,7 @@ def _workers(path: Path, settings: Settings, folder: Path) -> Iterator[None]:
         log_to_driver=False,
         logging_level=logging.ERROR,
         configure_logging=True,
-        object_store_memory=max(128 << 20, 2 * settings.limits.max_pending_bytes),
+        object_store_memory=128 << 20,  # requests do not pass through it
     )
     try:
         for name in ("ray.serve", "ray"):

@@ -17,7 +17,7 @@ import uvicorn
 from planmill.serving.dispatch import Limits
 from planmill.serving.gateway import Gateway
 from planmill.serving.payloads import JSON, NPY, SAFETENSORS
-from planmill.serving.pool import Pool, listen
+from planmill.serving.pool import CONNECTIONS, Pool, listen
 from planmill.serving.protocol import Protocol
 from planmill.serving.worker import Request, Response
 
@@ -243,6 +243,20 @@ def test_a_pool_outlives_its_workers(tmp_path: Path) -> None:
                 both = await asyncio.gather(*(pool.answer([request] * n) for n in (2, 3)))
                 assert [len(answers) for answers in both] == [2, 3]
             assert pool.workers == 1
+
+    scenario(test)
+
+
+def test_a_worker_that_ends_while_idle_is_not_counted(tmp_path: Path) -> None:
+    async def test() -> None:
+        connected: list[asyncio.StreamWriter] = []
+        server = await asyncio.start_unix_server(lambda _, writer: connected.append(writer), tmp_path / "idle.sock")
+        async with Pool(tmp_path) as pool:
+            await until(lambda: pool.workers == 1 and len(connected) == CONNECTIONS)
+            server.close()
+            for writer in connected:
+                writer.close()
+            await until(lambda: pool.workers == 0)
 
     scenario(test)
 

@@ -75,6 +75,8 @@ def test_images(generator: torch.Generator) -> None:
     gray = torch.randint(0, 256, (5, 7), generator=generator, dtype=torch.uint8)
     (got,) = decode(image(gray.numpy()), "image/png", [GRAY], PLAIN)
     assert torch.equal(got, gray[None, None])
+    (got,) = decode(image(gray.numpy().astype(numpy.uint16) * 257), "image/png", [GRAY], PLAIN)
+    assert torch.equal(got, gray[None, None])
 
 
 def test_sixteen_bits_become_eight() -> None:
@@ -152,7 +154,9 @@ HUGE = b"\x93NUMPY\x01\x00\x76\x00" + (
         (as_json({"x": [True]}), JSON, 400, "got booleans"),
         (b'{"inputs": [NaN]}', JSON, 400, "NaN is no JSON number"),
         (b'{"inputs": [1' + b"0" * 6000 + b"]}", JSON, 400, "."),
+        (as_json(["a" * 20_000] + [""] * 100_000), JSON, 400, "lists of numbers"),  # 8 GB as an array of strings
         (b"\x93NUMPY", NPY, 400, "not an .npy"),
+        (b"\x93NUMPY\x01\x00\x76\x00" + b"{'descr': (".ljust(117) + b"\n", NPY, 400, "not an .npy"),
         (HUGE, NPY, 400, "cut short"),
         (npy(numpy.zeros(3))[:-1], NPY, 400, "cut short"),
         (npy(numpy.zeros(3)) + b"x", NPY, 400, "too long"),

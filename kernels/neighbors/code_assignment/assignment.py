@@ -2,7 +2,7 @@
 
 import torch
 
-from planmill.kernels.common.checks import check_choice
+from planmill.kernels.common.checks import check_alike, check_choice, check_float
 from planmill.kernels.neighbors.segmented_max import maximize_by_segment
 from planmill.kernels.neighbors.segmented_min import minimize_by_segment
 
@@ -51,8 +51,8 @@ def measure_codes(
             f"{op}: features must be [..., D] and codes [K, D] with D at least 1, got {list(features.shape)} and "
             f"{list(codes.shape)}"
         )
-    if features.dtype is not codes.dtype:
-        raise TypeError(f"{op}: codes must be {features.dtype} like features, got {codes.dtype}")
+    check_float(op, "features", features)
+    check_alike(op, "codes", codes, "features", features)
     shape = features.shape[:-1]
     x = features.flatten(0, -2) if features.dim() > 1 else features[None]
     bounds = codes.shape[0] * torch.arange(2, dtype=torch.int32, device=codes.device)

@@ -1,6 +1,7 @@
 """Constrained search on the GPU: one program per query walks over its ranges and keeps the k best in registers.
 
-Positions are compared first, in float64; features are read only where a block of slots holds a row within the radius,
+Positions are compared first, in float64 with fused multiply-adds: a row within that rounding of the radius may fall on
+the other side than on a CPU. Features are read only where a block of slots holds a row within the radius,
 and evaluated directly in float32. Costs are packed with the row's number in 64 bits that sort as the pair. A block's
 keys that beat the worst of the k enter one by one: about k ln(c / k) of c candidates do.
 
@@ -15,7 +16,7 @@ import triton.language as tl
 from planmill.kernels.common.triton_checks import StaticKernel
 from planmill.kernels.common.triton_screen import choose_frame
 from planmill.kernels.neighbors.knn._triton import METRICS, unpack_keys
-from planmill.kernels.neighbors.knn._triton_kernels import NOTHING, candidate_cost, ordered_bits
+from planmill.kernels.neighbors.knn._triton_kernels import COSINE, NOTHING, candidate_cost, ordered_bits
 
 BLOCK_Q, BLOCK_C, NUM_WARPS = 32, 64, 8  # slots and channels that a program holds
 
@@ -71,7 +72,10 @@ def walk_kernel(
                     q_stride_n, q_stride_c, x_stride_n, x_stride_c, METRIC, BLOCK_Q, BLOCK_C,
                 )  # fmt: skip
                 usable = near
-                if tl.sum((near & ((tl.abs(cost) < float("inf")) ^ True)).to(tl.int32), 0) > 0:
+                doubtful = (tl.abs(cost) < float("inf")) ^ True
+                if METRIC == COSINE:  # a row that is not finite costs 1 (NaN) or 0 (infinity)
+                    doubtful = doubtful | (cost == 1.0) | (cost == 0.0)
+                if tl.sum((near & doubtful).to(tl.int32), 0) > 0:
                     usable = near & row_is_finite(x_ptr, o_x, near, channels, x_stride_n, x_stride_c, BLOCK_Q, BLOCK_C)
                 key = tl.where(usable, (ordered_bits(cost).to(tl.int64) << 32) | o_x.to(tl.int64), NOTHING)
                 least = tl.min(key, 0)

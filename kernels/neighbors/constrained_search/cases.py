@@ -87,6 +87,17 @@ def cases() -> list[Case]:
             ),
         ),
         Case(
+            "nan_cosine",
+            lambda t, g: constrained(
+                g,
+                unit(g, t, 6, 24),
+                poison_row(poison_row(unit(g, t, 30, 24), 7), 9, torch.inf),
+                30,
+                radius=2.0,
+                metric="cosine",
+            ),
+        ),
+        Case(
             "infinity",
             lambda t, g: constrained(
                 g, unit(g, t, 4, 24), poison_row(unit(g, t, 30, 24), 7, torch.inf), 30, radius=2.0

@@ -37,8 +37,8 @@ def choose_coreset(
     """Rows that leave no row far away: greedy k-centre choice, the next one being the row farthest from those chosen.
 
     c_1 = `start`;  c_{j+1} = argmax_i min_{l <= j} |x_i - c_l|.  The largest distance that is left is at most twice the
-    smallest possible one. The choice is that of float64 arithmetic on a CPU and of float32 on a GPU; it depends neither
-    on threads nor on the instruction set.
+    smallest possible one. The choice is that of float64 arithmetic on a CPU and of float32 on a GPU; without a
+    projection it depends neither on threads nor on the instruction set.
 
     Args:
         features: [N, D] with D >= 1, float32, bfloat16 or float16, any strides. Rows that hold NaN or infinity are
@@ -83,7 +83,7 @@ def choose_coreset(
             raise ValueError(f"{op}: projection must be at least 1, got {projection}")
         if distances is not None:
             raise ValueError(f"{op}: distances are of the space of features: not with a projection")
-        features = _project(features, projection, seed)
+        features = _project(features.detach(), projection, seed)
     if start is None and distances is None:
         start = int(torch.randint(rows, (1,), generator=torch.Generator().manual_seed(seed)))
     given = features.new_empty(0, dtype=torch.float32) if distances is None else distances

@@ -8,8 +8,8 @@
 3. `mix_kernel`: the values of the listed atoms, weighted. Rows of values that are not chosen are not read.
 
 A result does not depend on the other queries. Memory beyond inputs and outputs: the keys as float16 operands, and
-64 MiB of slab and lists, taken by as many queries as fit. Nothing waits for the device: a call can be captured in a
-CUDA graph.
+64 MiB of slab, lists and queries as operands, taken by as many queries as fit. Nothing waits for the device: a call can
+be captured in a CUDA graph.
 """
 
 import torch
@@ -87,6 +87,16 @@ def threshold_kernel(
             following = tau + (tl.sum(squares, 0) - 1.0) / (2.0 * tl.sum(total, 0))
         rounds = tl.where(following > tau, rounds + 1, ROUNDS)
         tau = tl.maximum(tau, following)
+    if POWER == 1:  # -1 + (1 - 1/m) keeps of 1/m only what is above 2^-24: once more, from the atoms above
+        tau = tl.minimum(tau, -2.98e-8)  # the largest stays above it
+        total = tl.zeros((SCAN,), tl.float32)
+        above = tl.zeros((SCAN,), tl.float32)
+        for start in range(0, atoms, SCAN):
+            o_n = start + tl.arange(0, SCAN)
+            y = relative(tl.load(p_score + o_n, mask=o_n < atoms, other=float("-inf")), top, inverse_width)
+            total += tl.where(y > tau, y, 0.0)
+            above += tl.where(y > tau, 1.0, 0.0)
+        tau = (tl.sum(total, 0) - 1.0) / tl.sum(above, 0)
     count = 0
     p_list = list_ptr + row.to(tl.int64) * atoms
     for start in range(0, atoms, SCAN):
@@ -144,7 +154,7 @@ def launch(
         frame = choose_frame(keys, centred=True)
         origin = Frame(torch.zeros_like(frame.centre), torch.ones_like(frame.unit))
         x = encode(keys, frame, split=split, norms=False)
-        rows = min(n, max(1, SLAB_BYTES // (8 * atoms)))
+        rows = min(n, max(1, SLAB_BYTES // (8 * atoms + 4 * keys.shape[1])))
         scores = torch.empty(rows * atoms, dtype=torch.float32, device=device)
         lists = torch.empty(rows * atoms, dtype=torch.int32, device=device)
         count = torch.empty(rows, dtype=torch.int32, device=device)

@@ -26,6 +26,11 @@ def _wide(weighting: str, t: torch.dtype, g: torch.Generator) -> tuple:
     return unit(g, t, 14, 50), unit(g, t, 400, 50), normal(g, t, 400, 20), 1e-4, weighting
 
 
+def _uniform(t: torch.dtype, g: torch.Generator) -> tuple:
+    """Queries of zeros: all atoms share the weight, and the sum of the weights shows in the result."""
+    return torch.zeros(2, 8, dtype=t), normal(g, t, 5000, 8), normal(g, t, 5000, 9, mean=1.0), 1.0, "sparsemax"
+
+
 def _nan(t: torch.dtype, g: torch.Generator) -> tuple:
     """NaN in a query, in keys and in values: of the atom nearest to query 5, and of one that no query is near to."""
     queries, keys, values = normal(g, t, 20, 24), normal(g, t, 600, 24), normal(g, t, 600, 10)
@@ -70,6 +75,7 @@ def cases() -> list[Case]:
         Case("huge", _huge, FLOAT32),
         Case("tiny", _normal(12, 150, 24, 10, 1e-30), FLOAT32),
         Case("nan", _nan),
+        Case("uniform", _uniform, FLOAT32),
         Case("no_usable_atom", _no_usable_atom),
     ]
     for weighting in ("sparsemax", "entmax15"):

@@ -49,7 +49,7 @@ def average_intermediaries(
     Source: FAIM (re-identification of persons who change clothes): the three routes; its weights could not be read, so
         the softmax and the availability are ours.
     """
-    check_matrices(OP, keys, gallery_keys)
+    check_matrices(OP, keys, gallery_keys, ("keys", "gallery_keys"))
     _check_pair(gallery_keys, gallery_values, "gallery")
     if not temperature > 0:
         raise ValueError(f"{OP}: temperature must be above 0, got {temperature}")
@@ -58,9 +58,10 @@ def average_intermediaries(
         means = gallery_values.new_zeros(len(keys), gallery_values.shape[1], dtype=torch.float32)
         return means, torch.zeros_like(distances[:, 0])
     similar = torch.where(found >= 0, 1 - distances, -torch.inf)
-    share = torch.where(found >= 0, torch.softmax(similar / temperature, 1), 0).nan_to_num()
-    values = F.normalize(gallery_values.float(), dim=1)
-    means = torch.einsum("nk,nke->ne", share, values[found.clamp_min(0).long()])
+    logits = torch.where(found >= 0, similar / temperature, -torch.inf)  # -inf / inf would be NaN
+    share = torch.where(found >= 0, torch.softmax(logits, 1), 0).nan_to_num()
+    values = F.pad(F.normalize(gallery_values.float(), dim=1), (0, 0, 0, 1))  # its last row, zeros, is what -1 names
+    means = torch.einsum("nk,nke->ne", share, values[torch.where(found < 0, len(gallery_keys), found).long()])
     return means, (share * torch.where(found >= 0, similar, 0)).sum(1).clamp_min(0)
 
 
@@ -91,7 +92,7 @@ def match_intermediaries(
 
     Source: FAIM, see `average_intermediaries`; the form of the weighted mean is ours.
     """
-    check_matrices(OP, query_values, gallery_values)
+    check_matrices(OP, query_values, gallery_values, ("query_values", "gallery_values"))
     for name, values, (means, weights) in (
         ("query_route", query_values, query_route),
         ("gallery_route", gallery_values, gallery_route),

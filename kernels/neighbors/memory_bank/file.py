@@ -6,7 +6,10 @@ from pathlib import Path
 
 import torch
 
+from planmill.kernels.neighbors.knn.op import MAX_K
+
 FORMAT = "planmill.memory_bank/1"
+_FLOATS = ("F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
@@ -71,13 +74,18 @@ def read_header(path: str | Path) -> tuple[Manifest, int, int]:
             if metadata.get("format") != FORMAT:
                 raise ValueError(f"MemoryBank.load: {path} is no saved MemoryBank ({FORMAT})")
             shapes = [file.get_slice(name).get_shape() for name in ("features", "neighbors")]
-            kind = file.get_slice("neighbors").get_dtype()
+            kinds = file.get_slice("features").get_dtype(), file.get_slice("neighbors").get_dtype()
         facts = json.loads(metadata["manifest"])
         shape = [facts.pop("rows"), facts.pop("width")]
         manifest = Manifest(**facts)
     except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"MemoryBank.load: {path} is no saved MemoryBank: {error}") from error
-    if shapes != [shape, [shape[0], min(manifest.reweighting, shape[0])]] or kind != "I32":
+    b, metric = manifest.reweighting, manifest.metric
+    if not isinstance(b, int) or not 1 <= b <= MAX_K or metric != "l2" or kinds[0] not in _FLOATS:
+        raise ValueError(
+            f"MemoryBank.load: {path} is damaged: reweighting {b!r}, metric {metric!r}, rows of {kinds[0]}"
+        )
+    if shapes != [shape, [shape[0], min(b, shape[0])]] or shape[0] < 1 or kinds[1] != "I32":
         raise ValueError(f"MemoryBank.load: {path} is damaged: its tensors do not fit its manifest")
     return manifest, *shape
 
@@ -86,7 +94,7 @@ def read_slice(path: str | Path, name: str, first: int, last: int) -> torch.Tens
     """Rows [first, last) of "features" or "neighbors" of a file whose header has been read.
 
     Raises:
-        ValueError: a neighbour is no row of the bank.
+        ValueError: a neighbour is no row of the bank, or a row holds NaN or infinity.
     """
     from safetensors import safe_open
 
@@ -96,6 +104,8 @@ def read_slice(path: str | Path, name: str, first: int, last: int) -> torch.Tens
         tensor = part[first:last]
     if name == "neighbors" and bool((tensor < 0).any() | (tensor >= rows).any()):
         raise ValueError(f"MemoryBank.load: {path} is damaged: a neighbour is no row of the bank")
+    if name == "features" and not bool(tensor.isfinite().all()):
+        raise ValueError(f"MemoryBank.load: {path} is damaged: a row holds NaN or infinity")
     return tensor
 
 

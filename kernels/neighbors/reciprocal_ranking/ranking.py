@@ -79,7 +79,9 @@ def _farthest(f: torch.Tensor) -> torch.Tensor:
 def _encode(f: torch.Tensor, rank: torch.Tensor, farthest: torch.Tensor, k1: int) -> Sparse:
     """V: exp(-D) on the expanded set of each row, its sum one."""
     total = len(f)
-    pairs = [_expanded_sets(rank, rows, k1) for rows in torch.arange(total, device=f.device).split(ROWS)]
+    width = min(k1 + 1, rank.shape[1])
+    step = max(1, min(ROWS, PRODUCTS // (width * width * (round(k1 / 2) + 1))))  # the comparisons of a row's sets
+    pairs = [_expanded_sets(rank, rows, k1) for rows in torch.arange(total, device=f.device).split(step)]
     row, column = (torch.cat(parts) for parts in zip(*pairs, strict=True))
     value = (-_squared(f, row, column) / farthest[row]).exp()
     return Sparse(row, column, value / f.new_zeros(total).index_add(0, row, value)[row])
@@ -145,7 +147,7 @@ def rerank_reciprocally(
     Source: Zhong et al., "Re-ranking person re-identification with k-reciprocal encoding" (CVPR 2017); in float32 where
         the published code rounds to float16, and k1 / 2 rounds half to even as it does. Ties go to the lower row.
     """
-    check_matrices(OP, queries, gallery)
+    check_matrices(OP, queries, gallery, ("queries", "gallery"))
     if not 1 <= k1 < MAX_K or not 1 <= k2 <= MAX_K:
         raise ValueError(f"{OP}: k1 must be from 1 to {MAX_K - 1} and k2 from 1 to {MAX_K}, got {k1} and {k2}")
     if not 0 <= weight <= 1:

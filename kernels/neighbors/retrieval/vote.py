@@ -1,6 +1,7 @@
 """What retrieved rows say: votes of classes, or the value of the nearest row."""
 
 import torch
+from torch.compiler import is_compiling
 
 from planmill.kernels.common.checks import check_choice
 from planmill.kernels.neighbors.code_assignment import assign_codes
@@ -34,7 +35,7 @@ def vote_by_class(
 
     Args:
         similarities: [..., k] with k >= 1, float: larger is nearer.
-        labels: [..., k], int32 or int64, 0 to C - 1; -1: no vote, as for a similarity of NaN or -inf.
+        labels: [..., k], int32 or int64, 0 to C - 1; -1: no vote, as for a similarity that is NaN or infinite.
         classes: C, at least 1.
         weights: "plain", "similarity" or "softmax".
         temperature: of "softmax", above 0.
@@ -43,7 +44,8 @@ def vote_by_class(
         [..., C] float32, the sum over classes 1; all 0 where no row has a weight above 0.
 
     Raises:
-        ValueError: different shapes, no rows, `classes` below 1, unknown weights, a temperature of 0 or below.
+        ValueError: different shapes, no rows, `classes` below 1, a label beyond them (looked for on the CPU only),
+            unknown weights, a temperature of 0 or below.
         TypeError: labels of another dtype.
 
     Source: weighted k-nearest-neighbour voting; Dudani, 1976, and with softmax weights Wu et al., "Unsupervised feature
@@ -60,7 +62,9 @@ def vote_by_class(
         raise TypeError(f"{op}: labels must be int32 or int64, got {labels.dtype}")
     if classes < 1 or not 0 < temperature < torch.inf:
         raise ValueError(f"{op}: needs classes of at least 1 and a temperature above 0, got {classes}, {temperature}")
-    voting = (labels >= 0) & (similarities > -torch.inf)
+    if labels.device.type == "cpu" and not is_compiling() and bool((labels >= classes).any()):
+        raise ValueError(f"{op}: labels must be from -1 to {classes - 1}, got {labels.flatten().tolist()[:8]}")
+    voting = (labels >= 0) & similarities.isfinite()
     weight = weigh_votes(similarities, voting, weights, temperature)
     votes = weight.new_zeros((*labels.shape[:-1], classes)).scatter_add(-1, labels.clamp_min(0).long(), weight)
     total = votes.sum(-1, keepdim=True)

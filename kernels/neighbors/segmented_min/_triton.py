@@ -1,23 +1,26 @@
-"""Segmented minimum on the GPU: the search of mutual scoring. Offsets stay on the device."""
+"""Segmented minimum on the GPU: see segmented_max."""
 
 import torch
 
 from planmill.kernels.common.triton_checks import StaticKernel
-from planmill.kernels.common.triton_match import Match, match_segments
+from planmill.kernels.common.triton_match import SETTLE_C, SETTLE_Q, SETTLE_ROWS, settle_warps
+from planmill.kernels.common.triton_search import settle_kernel
+from planmill.kernels.neighbors.segmented_max._triton import search
 
 
 def launch(queries: torch.Tensor, database: torch.Tensor, offsets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Distances [n, S] float32 and indices [n, S] int32; the contract of `minimize_by_segment`."""
-    shape = (queries.shape[0], offsets.shape[0] - 1)
-    with torch.cuda.device_of(queries):
-        if queries.shape[0] == 0 or database.shape[0] == 0:
-            values = torch.full(shape, torch.inf, dtype=torch.float32, device=queries.device)
-            return values, torch.full(shape, -1, dtype=torch.int32, device=queries.device)
-        values = torch.empty(shape, dtype=torch.float32, device=queries.device)
-        indices = torch.empty(shape, dtype=torch.int32, device=queries.device)
-        match = Match(queries[None], database[None], offsets.contiguous(), exact=True)
-        match_segments(match, values, indices, equal_segments=False)
-    return values, indices
+    return search(queries, database, offsets, dot=False)
 
 
-STATIC: list[StaticKernel] = []  # the kernels stand in kernels/common/triton_search.py
+STATIC = [  # the rest stands in kernels/common/triton_match.py
+    StaticKernel(
+        settle_kernel,
+        pointers={"offsets_ptr": "*i32", "where_ptr": "*i32", "out_where_ptr": "*i32"},
+        scalars={"rounding": "fp32"},
+        constants={"EXACT": True, "SYMMETRIC": False, "RADIUS": False, "DOT": False, "INDICES": True,
+                   "BLOCK_R": SETTLE_ROWS, "BLOCK_C": SETTLE_C, "BLOCK_Q": SETTLE_Q,
+                   "x_stride_c": 1, "y_stride_c": 1},
+        num_warps=settle_warps(symmetric=False, indices=True),
+    )
+]  # fmt: skip

@@ -206,5 +206,8 @@ def test_errors(call: Callable, message: str) -> None:
         call(normal(6, 4))
     with pytest.raises(TypeError, match=r"codes must be torch.float32 like features"):
         assign_codes(normal(6, 4), normal(6, 4).half())
+    for metric in ("l2", "cosine", "dot"):
+        with pytest.raises(TypeError, match=r"code_assignment: features must be float32, bfloat16 or float16, got"):
+            assign_codes(normal(6, 4).double(), normal(6, 4).double(), metric=metric)
     with pytest.raises(TypeError):
         fit_kmeans(torch.ones(6, 4, dtype=torch.int64), 2)

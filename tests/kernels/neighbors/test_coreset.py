@@ -83,6 +83,11 @@ def test_a_projection_keeps_most_of_the_cover() -> None:
     assert torch.equal(choose_coreset(x, 30, projection=64), choose_coreset(x, 30, projection=64))
 
 
+def test_features_with_a_gradient_are_projected() -> None:
+    x = normal(50, 20)
+    assert torch.equal(choose_coreset(x.clone().requires_grad_(), 9, projection=4), choose_coreset(x, 9, projection=4))
+
+
 def test_distances_continue_a_choice() -> None:
     x = normal(300, 24)
     whole = choose_coreset(x, 40, start=5).long()

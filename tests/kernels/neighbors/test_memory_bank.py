@@ -210,6 +210,10 @@ def test_files_that_are_no_bank(tmp_path: Path) -> None:
         metadata = file.metadata()
     whole = path.read_bytes()
     tensors = {"features": bank.features, "neighbors": bank.neighbors}
+
+    def changed(**facts: object) -> dict[str, str]:
+        return {**metadata, "manifest": json.dumps({**json.loads(metadata["manifest"]), **facts})}
+
     for name, content in (
         ("is no saved MemoryBank", lambda: path.write_bytes(whole[: len(whole) // 2])),
         ("is no saved MemoryBank", lambda: path.write_bytes(b"no bank")),
@@ -217,6 +221,10 @@ def test_files_that_are_no_bank(tmp_path: Path) -> None:
         ("is no saved MemoryBank", lambda: save_file(tensors, path, {**metadata, "manifest": "{"})),
         ("is no saved MemoryBank", lambda: save_file(tensors, path, {**metadata, "manifest": "[1]"})),
         ("is no saved MemoryBank", lambda: save_file(tensors, path, {**metadata, "manifest": "{}"})),
+        ("reweighting '9'", lambda: save_file(tensors, path, changed(reweighting="9"))),
+        ("metric 'dot'", lambda: save_file(tensors, path, changed(metric="dot"))),
+        ("rows of F64", lambda: save_file({**tensors, "features": bank.features.double()}, path, metadata)),
+        ("NaN or infinity", lambda: save_file({**tensors, "features": bank.features / 0}, path, metadata)),
         ("do not fit", lambda: save_file({**tensors, "features": bank.features[:3]}, path, metadata)),
         ("no row of the bank", lambda: save_file({**tensors, "neighbors": bank.neighbors + 1}, path, metadata)),
     ):

@@ -122,10 +122,18 @@ def test_intermediaries_that_are_not_there() -> None:
     means, availability = average_intermediaries(keys, keys[:1], values[:1], 3)
     none = torch.zeros(1, 5), torch.zeros(1)
     torch.testing.assert_close(alone, match_intermediaries(values, values[:1], (means, availability), none))
-    keys[1, 2] = torch.nan
-    means, availability = average_intermediaries(keys, keys, values, 2)
-    assert not means[1].any()
-    assert availability[1] == 0
+    for wanted, got in zip(
+        *(average_intermediaries(keys, keys, values, k, temperature=torch.inf) for k in (3, 5)), strict=True
+    ):
+        assert wanted.any()
+        assert torch.equal(wanted, got)  # slots without a row have no weight
+    for row in (1, 0):
+        bad_keys, bad_values = keys.clone(), values.clone()
+        bad_keys[row, 2] = bad_values[row, 1] = torch.nan
+        means, availability = average_intermediaries(bad_keys, bad_keys, bad_values, 3)
+        assert not means[row].any()
+        assert availability[row] == 0
+        assert means.isfinite().all()
 
 
 def test_consistency_equals_its_formula() -> None:

@@ -149,6 +149,7 @@ def test_another_or_a_damaged_file_is_refused(tmp_path: Path) -> None:
         (lambda x, y: vote_by_class(x, y, 2), r"must both be \[..., k\]"),
         (lambda x, y: vote_by_class(x[:, 0], y, 0), "classes of at least 1"),
         (lambda x, y: vote_by_class(x[:, 0], y, 5, weights="rank"), "weights must be"),
+        (lambda x, y: vote_by_class(x[:, 0], y, 4), r"labels must be from -1 to 3, got \[0, 1, 2, 3, 4\]"),
         (lambda x, y: retrieve_values(x, x, x[:2]), r"values \[K\] or \[K, V\]"),
     ],
 )
