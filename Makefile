@@ -39,7 +39,7 @@ bench: $(STAMP)
 # On a machine with a CUDA device, in the Python that holds torch: the same tests on the device, then the rows.
 gpu:
 	$(PYTHON) -m pip install -q --no-build-isolation --no-deps -e .
-	$(PYTHON) -m pytest -m gpu --device cuda tests/kernels/test_triton_parity.py
+	$(PYTHON) -m pytest -m gpu --device cuda tests/kernels/test_triton_parity.py tests/engine/test_gpu_plans.py
 	for family in neighbors routing moments attention; do $(PYTHON) -m planmill.cli bench $$family --device cuda || exit 1; done
 
 clean:

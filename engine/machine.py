@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from planmill._version import __version__
+from planmill.engine.errors import PlanError
 from planmill.engine.manifest import Platform, Versions
 
 # What a compiler may emit on its own under -march=native, as Linux names it in /proc/cpuinfo.
@@ -58,3 +59,14 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def require_gpu(needs: str) -> None:
+    """Say that torch finds no GPU, after what asked for one.
+
+    Raises:
+        PlanError: it finds none.
+    """
+    if not torch.cuda.is_available():
+        why = "torch was built without CUDA" if torch.version.cuda is None else "torch finds no GPU"
+        raise PlanError(f"{needs}, and {why}: use a machine with an NVIDIA GPU, its driver and a CUDA build of torch")

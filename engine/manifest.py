@@ -151,12 +151,29 @@ class TensorRT(_Record):
     builder_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
+class Gpu(_Record):
+    """What an AOTInductor plan for a GPU says beyond the rest.
+
+    Args:
+        name: of the GPU that it was built on.
+        sm: that GPU's compute capability, e.g. 90 for 9.0: the plan runs on 9.0 and later 9.x.
+        plugin_mode: how ops of ours stand in the payload.
+        kernels: our Triton kernels inside it, and how often a call launches each.
+    """
+
+    name: str
+    sm: Annotated[int, Field(ge=50, lt=1000)]
+    plugin_mode: Literal["python", "aot", "none"]
+    kernels: dict[str, int]
+
+
 class Manifest(_Record):
     """Everything that a plan says about itself; `manifest.json` inside the file."""
 
     format: Literal[1]
     model: str
     target: str
+    device: Literal["cpu", "cuda"] = "cpu"
     precision: Precision
     layout: Literal["channels_last", "contiguous"]
     inputs: Annotated[list[TensorSpec], Field(min_length=1)]
@@ -172,6 +189,7 @@ class Manifest(_Record):
     created: str
     metadata: dict[str, JsonValue]
     tensorrt: TensorRT | None = None
+    gpu: Gpu | None = None
 
     @model_validator(mode="after")
     def _is_consistent(self) -> "Manifest":

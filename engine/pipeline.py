@@ -18,6 +18,7 @@ from planmill.engine.errors import PlanError
 from planmill.engine.machine import these_versions, this_machine
 from planmill.engine.manifest import (
     FORMAT_VERSION,
+    Gpu,
     Manifest,
     Payload,
     Precision,
@@ -30,7 +31,7 @@ from planmill.engine.plan import Plan, check_destination, describe_payload, writ
 from planmill.engine.rewrites import DEFAULT
 from planmill.engine.rewrites import rewrite as rewrite_program
 from planmill.engine.swap import accelerate as swap_blocks
-from planmill.engine.targets import Built, Options, Plugins, Runner, Target, find_target
+from planmill.engine.targets import Built, Device, Options, Plugins, Runner, Target, choose_device, find_target
 from planmill.engine.verify import TOLERANCES, Sampler, verify
 from planmill.kernels.common.spec import NAMESPACE
 
@@ -45,6 +46,7 @@ def build(
     out: str | os.PathLike[str],
     *,
     target: str = "aoti",
+    device: Device | None = None,
     precision: Precision = "fp32",
     plugins: Plugins | None = None,
     sms: Sequence[int] = (),
@@ -65,9 +67,11 @@ def build(
             `dynamic` leaves, their values set the range of the random inputs that the plan is verified on.
         out: the file to write, `*.plan`. What stands there is replaced only after the new plan has passed.
         target: "aoti", "openvino", "tensorrt-rtx" or "tensorrt".
+        device: "cpu" or "cuda": where the plan runs. Target aoti builds for both, for the CPU unless asked; the others
+            build for one of them.
         precision: "fp32", or "bf16" or "fp16": bfloat16 or float16 inside, the model's dtypes at the boundary.
-        plugins: for TensorRT, how ops of ours stand in the plan: "python" (the default), "aot", or "none": each lowered
-            to standard operators.
+        plugins: for a GPU, how ops of ours stand in the plan: "python": called in Python (the default for TensorRT);
+            "aot": their kernels inside it (the default for aoti); "none": each lowered to standard operators.
         sms: for TensorRT, the GPU architectures, e.g. (80, 120); the target's own choice when empty.
         dynamic: a DynamicDim for dimension 0 of every input (the default: 1 to 64), {input: {dimension: DynamicDim}},
             or None: all sizes fixed.
@@ -89,7 +93,9 @@ def build(
     """
     started = time.perf_counter()
     module = find_target(target)
-    options = Options(plugins or Options.plugins, tuple(sms))
+    place = choose_device(target, device)
+    inside = (target, place) == ("aoti", "cuda")
+    options = Options(plugins or ("aot" if inside else "python"), tuple(sms), place)
     path = check_destination(out)
     kept = _plain_json(metadata or {})
     progress("capture", 0.0)
@@ -110,9 +116,11 @@ def build(
             progress=lambda fraction: progress("verify", fraction),
         )
         progress("write", 0.0)
-        tensorrt = _tensorrt(built, captured, options)
+        tensorrt, gpu = _tensorrt(built, captured, options), _gpu(built, options)
         described, seconds = describe_payload(built.payload), time.perf_counter() - started
-        manifest = _manifest(model, captured, target, precision, described, receipt, seconds, kept, tensorrt)
+        manifest = _manifest(
+            model, captured, target, place, precision, described, receipt, seconds, kept, tensorrt, gpu
+        )
         plan = write_plan(path, manifest, {described.name: built.payload})
     progress("write", 1.0)
     return plan
@@ -165,28 +173,44 @@ def _tensorrt(built: Built, captured: Captured, options: Options) -> TensorRT | 
     )
 
 
+def _gpu(built: Built, options: Options) -> Gpu | None:
+    if built.kernels is None:
+        return None
+    major, minor = torch.cuda.get_device_capability()
+    name = torch.cuda.get_device_name()
+    return Gpu(name=name, sm=10 * major + minor, plugin_mode=options.plugins, kernels=built.kernels)
+
+
+def _called(ops: list[str], tensorrt: TensorRT | None, gpu: Gpu | None) -> list[str]:
+    """The ops that the plan calls where it runs; lowered ones and kernels inside an AOTInductor plan are not."""
+    ours_inside = (tensorrt and tensorrt.plugin_mode == "none") or (gpu and gpu.plugin_mode != "python")
+    return [op for op in ops if not (ours_inside and op.startswith(_OURS))]
+
+
 def _manifest(
     model: torch.nn.Module,
     captured: Captured,
     target: str,
+    device: Device,
     precision: Precision,
     payload: Payload,
     receipt: Receipt,
     seconds: float,
     metadata: dict[str, JsonValue],
     tensorrt: TensorRT | None,
+    gpu: Gpu | None,
 ) -> Manifest:
     return Manifest(
         format=FORMAT_VERSION,
         model=f"{type(model).__module__}.{type(model).__qualname__}",
         target=target,
+        device=device,
         precision=precision,
         layout=captured.layout,
         inputs=captured.inputs,
         outputs=captured.outputs,
         dynamic=captured.dynamic,
-        # Lowered ones are not called by the plan: it does not need them where it runs.
-        ops=[op for op in captured.ops if not (tensorrt and tensorrt.plugin_mode == "none" and op.startswith(_OURS))],
+        ops=_called(captured.ops, tensorrt, gpu),
         rewrites=captured.rewrites,
         versions=these_versions(),
         platform=this_machine(),
@@ -196,6 +220,7 @@ def _manifest(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         metadata=metadata,
         tensorrt=tensorrt,
+        gpu=gpu,
     )
 
 

@@ -16,11 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, BinaryIO
 
+import torch
 from pydantic import ValidationError
 
 from planmill.engine.errors import PlanError
-from planmill.engine.machine import release, these_versions, this_machine
-from planmill.engine.manifest import FORMAT_VERSION, Manifest, Payload
+from planmill.engine.machine import release, require_gpu, these_versions, this_machine
+from planmill.engine.manifest import FORMAT_VERSION, Gpu, Manifest, Payload
 
 _MANIFEST = "manifest.json"
 _LARGEST_MANIFEST = 8 << 20
@@ -65,8 +66,8 @@ class Plan:
         """Say whether this machine and this torch can run the plan.
 
         Raises:
-            PlanError: another version of torch (of TensorRT, for its plans), another system or architecture, or a
-                missing instruction set.
+            PlanError: another version of torch (of TensorRT, for its plans), another system or architecture, a missing
+                instruction set, or no GPU that a plan for one runs on.
         """
         need, have = self.manifest.platform, this_machine()
         if self.manifest.tensorrt is not None:
@@ -88,6 +89,15 @@ class Plan:
             raise PlanError(
                 f"{self.path}: needs a CPU with {', '.join(missing)}, which this machine does not have: {_REBUILD} here"
             )
+        if self.manifest.gpu is not None:
+            self._check_gpu(self.manifest.gpu)
+
+    def _check_gpu(self, made: Gpu) -> None:
+        built = f"{self.path}: built for a GPU of compute capability {made.sm // 10}.{made.sm % 10} ({made.name})"
+        require_gpu(built)
+        major, minor = torch.cuda.get_device_capability()
+        if major != made.sm // 10 or minor < made.sm % 10:
+            raise PlanError(f"{built}; this one has {major}.{minor} ({torch.cuda.get_device_name()}): {_REBUILD} here")
 
     def _check_tensorrt(self, made: str) -> None:
         here = these_versions().tensorrt

@@ -31,7 +31,7 @@ def lower(captured: Captured, specs: Iterable[OpSpec]) -> Captured:
     Raises:
         PlanError: an op that has no form in standard operators; names it and says why.
     """
-    symbols = _symbols(captured)
+    symbols = symbols_of(captured)
     table = {}
     for spec in specs:
         if spec.no_portable:
@@ -48,7 +48,7 @@ def lower(captured: Captured, specs: Iterable[OpSpec]) -> Captured:
     return replace(captured, program=program)
 
 
-def _symbols(captured: Captured) -> dict[str, str]:
+def symbols_of(captured: Captured) -> dict[str, str]:
     """torch's symbol of each dynamic dimension -> the dimension's name."""
     values = {node.name: node.meta["val"] for node in captured.program.graph.nodes if "val" in node.meta}
     inputs = [values[name] for name in captured.program.graph_signature.user_inputs if isinstance(name, str)]

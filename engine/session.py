@@ -37,8 +37,8 @@ class Session:
 
     Args:
         path: a plan file. It holds native code that loading runs: load only plans you trust.
-        cuda_graphs: for a TensorRT plan: capture what a call puts on the GPU once for each set of input shapes, at its
-            second call, and replay it from then on.
+        cuda_graphs: for a plan that runs on a GPU: capture what a call puts there once for each set of input shapes,
+            at its second call, and replay it from then on.
 
     Raises:
         PlanError: the file is damaged or foreign, or does not fit this machine, this torch, or the ops at hand.
@@ -65,7 +65,7 @@ class Session:
         self._on_device = isinstance(self._run, OnDevice)
         if cuda_graphs:
             if not isinstance(self._run, OnDevice):
-                raise PlanError(f"{self.plan.path}: cuda_graphs: a plan of target {manifest.target} runs on the CPU")
+                raise PlanError(f"{self.plan.path}: cuda_graphs: this plan of target {manifest.target} runs on the CPU")
             self._run.record_graphs()
         self._checks = [_unpack(spec, manifest) for spec in self.inputs]
         self._lock = threading.Lock()
@@ -76,8 +76,8 @@ class Session:
         """Run the plan.
 
         Args:
-            inputs: tensors in the plan's order, on the CPU, or on the GPU of a TensorRT plan; strided ones are copied
-                first. The outputs are where the first input is.
+            inputs: tensors in the plan's order, on the CPU, or on the GPU that the plan runs on; strided ones are
+                copied first. The outputs are where the first input is.
             outputs: tensors to fill, as `allocate_outputs` makes them; None: the call makes new ones, which share no
                 memory with the inputs or with each other and are the caller's to change.
 

@@ -6,6 +6,7 @@ its outputs, and makes the same choices whatever the sizes are.
 """
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -101,17 +102,26 @@ class _Work(TorchDispatchMode):
 @contextlib.contextmanager
 def recorded() -> Iterator[list[tuple[Any, Any, tuple, dict[str, Any]]]]:
     """Kernel launches as (kernel, grid, arguments, keywords) instead of their running."""
+    launches: list[tuple[Any, Any, tuple, dict[str, Any]]] = []
+    with intercepted(lambda *launch: launches.append(launch)):
+        yield launches
+
+
+@contextlib.contextmanager
+def intercepted(launch: Callable[[Any, Any, tuple, dict[str, Any]], None]) -> Iterator[None]:
+    """Call `launch(kernel, grid, arguments, keywords)` where this thread would start a kernel."""
     from triton.runtime.jit import KernelInterface
 
-    launches: list[tuple[Any, Any, tuple, dict[str, Any]]] = []
-    original = KernelInterface.__getitem__
+    original, mine = KernelInterface.__getitem__, threading.get_ident()
 
-    def note(kernel: Any, grid: Any) -> Callable[..., None]:
-        return lambda *args, **kwargs: launches.append((kernel, grid, args, kwargs))
+    def instead(kernel: Any, grid: Any) -> Callable[..., None]:
+        if threading.get_ident() != mine:
+            return original(kernel, grid)
+        return lambda *args, **kwargs: launch(kernel, grid, args, kwargs)
 
-    KernelInterface.__getitem__ = note
+    KernelInterface.__getitem__ = instead
     try:
-        yield launches
+        yield
     finally:
         KernelInterface.__getitem__ = original
 

@@ -10,13 +10,23 @@ import torch
 
 from planmill.engine.capture import Captured
 from planmill.engine.errors import PlanError
+from planmill.engine.machine import require_gpu
 from planmill.engine.manifest import Manifest
+
+Device = Literal["cpu", "cuda"]
 
 TARGETS = {
     "aoti": "planmill.engine.targets.aoti",
     "tensorrt-rtx": "planmill.engine.targets.tensorrt_rtx",
     "tensorrt": "planmill.engine.targets.tensorrt",
     "openvino": "planmill.engine.targets.openvino",
+}
+
+# Where the plans of a target run, if not on the CPU alone; the first is the one where no device is asked for.
+DEVICES: dict[str, tuple[Device, ...]] = {
+    "aoti": ("cpu", "cuda"),
+    "tensorrt-rtx": ("cuda",),
+    "tensorrt": ("cuda",),
 }
 
 _EXTRA = ("onnx", "onnxscript", "onnxruntime", "tensorrt", "tensorrt_rtx")
@@ -31,13 +41,15 @@ class Options:
     """What a target is asked for beyond the program.
 
     Args:
-        plugins: how ops of ours stand in a TensorRT plan: called in Python, as kernels inside the plan, or not at all
+        plugins: how ops of ours stand in a plan for a GPU: called in Python, as kernels inside the plan, or not at all
             (each lowered to standard operators).
         sms: the GPU architectures of a TensorRT plan, e.g. (80, 120); empty: the target's own choice.
+        device: where the plan runs.
     """
 
     plugins: Plugins = "python"
     sms: tuple[int, ...] = ()
+    device: Device = "cpu"
 
 
 @dataclass(frozen=True)
@@ -54,6 +66,8 @@ class Built:
         sms: GPU architectures that the payload runs on.
         opset: of the ONNX file.
         builder_seconds: how long the builder took.
+        kernels: our Triton kernels inside an AOTInductor payload for a GPU, and how often a call launches each; None
+            where the payload is another.
     """
 
     payload: Path
@@ -64,6 +78,7 @@ class Built:
     sms: tuple[int, ...] = ()
     opset: int | None = None
     builder_seconds: float | None = None
+    kernels: dict[str, int] | None = None
 
 
 @runtime_checkable
@@ -104,3 +119,20 @@ def find_target(name: str) -> Target:
         if str(error.name).partition(".")[0] in _EXTRA:
             raise PlanError(f"target {name} needs {error.name}: pip install 'planmill[tensorrt]'") from error
         raise
+
+
+def choose_device(target: str, device: str | None) -> Device:
+    """Where a plan of a target runs: on `device`, or where the target's plans run if none is named.
+
+    Raises:
+        PlanError: the target has no plans for that device, or builds them only where there is one.
+    """
+    devices = DEVICES.get(target, ("cpu",))
+    if device is None:
+        return devices[0]
+    chosen = next((known for known in devices if known == device), None)
+    if chosen is None:
+        raise PlanError(f"target {target} builds plans for {' and '.join(devices)}, got device {device!r}")
+    if (target, chosen) == ("aoti", "cuda"):
+        require_gpu("target aoti --device cuda needs a GPU to build on: AOTInductor tunes and links kernels for it")
+    return chosen

@@ -5,52 +5,19 @@ to the device and gives host tensors back; a call on device tensors stays there.
 buffers, nothing waits for the device but the copies to the host.
 """
 
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from planmill.engine.errors import PlanError
+from planmill.engine.graphs import Device, Graph, Graphs, Shapes
 from planmill.engine.manifest import Manifest
 from planmill.engine.plugins import register_creators, torch_dtype
 from planmill.engine.tensorrt.builder import Library, import_library
 from planmill.engine.tensorrt.head import read_head
 from planmill.errors import PlanmillError
-
-_GRAPHS = 8  # sets of input shapes whose graphs are kept
-
-Shapes = tuple[tuple[int, ...], ...]
-
-
-@dataclass
-class Graph:
-    """A captured run: copy into `inputs`, call `replay`, read `outputs`; the context owns the memory between."""
-
-    context: Any
-    inputs: list[torch.Tensor]
-    outputs: list[torch.Tensor]
-    replay: Callable[[], None]
-
-
-@dataclass
-class Device:
-    """What a runner asks of the machine; the tests put the CPU in its place."""
-
-    device: torch.device = field(default_factory=lambda: torch.device("cuda", torch.cuda.current_device()))
-
-    def stream(self) -> int:
-        """The current stream's handle."""
-        return torch.cuda.current_stream(self.device).cuda_stream
-
-    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
-        """Record what `run` puts on the current stream; gives what replays it there."""
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            run()
-        return graph.replay
 
 
 class _Context:
@@ -119,24 +86,23 @@ class EngineRunner:
         # An input that no output depends on is no input of the engine.
         if not inside <= set(inputs) or set(found) - inside != set(outputs):
             raise PlanError(f"the TensorRT payload has other inputs or outputs than the manifest: {', '.join(found)}")
-        self.engine, self.device, self._graphs = engine, device, False
+        self.engine, self.device = engine, device
         self._used = [index for index, name in enumerate(inputs) if name in inside]
         self._inputs = [inputs[index] for index in self._used]
         self._outputs = [(name, torch_dtype(engine.get_tensor_dtype(name))) for name in outputs]
         self._context = self._new_context()
-        self._seen: set[Shapes] = set()
-        self._captured: OrderedDict[Shapes, Graph] = OrderedDict()
+        self._graphs: Graphs | None = None
 
     def __call__(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
         """Run on contiguous inputs; the outputs are where the first input is."""
         given = [inputs[index] for index in self._used]
-        outputs = self._replay(given) if self._graphs else self._run(given)
+        outputs = self._graphs(given) if self._graphs is not None else self._run(given)
         home = inputs[0].device
         return outputs if home == self.device.device else [x.to(home) for x in outputs]
 
     def record_graphs(self) -> None:
         """Capture a CUDA graph at the second call with the same input shapes, and replay it from then on."""
-        self._graphs = True
+        self._graphs = Graphs(self.device, self._run, self._capture)
 
     def _new_context(self) -> _Context:
         return _Context(self.engine, self._inputs, self._outputs, self.device)
@@ -147,31 +113,12 @@ class EngineRunner:
         self._context.run()
         return outputs
 
-    def _replay(self, given: list[torch.Tensor]) -> list[torch.Tensor]:
-        shapes = tuple(tuple(x.shape) for x in given)
-        graph = self._captured.get(shapes)
-        if graph is None:
-            if shapes not in self._seen:  # most shapes that come once do not come again
-                self._seen.add(shapes)
-                return self._run(given)
-            graph = self._captured[shapes] = self._capture(given)
-            if len(self._captured) > _GRAPHS:
-                self._captured.popitem(last=False)
-        self._captured.move_to_end(shapes)
-        for mine, x in zip(graph.inputs, given, strict=True):
-            mine.copy_(x, non_blocking=True)
-        graph.replay()
-        return [x.clone() for x in graph.outputs]  # the next replay overwrites its own
-
-    def _capture(self, given: list[torch.Tensor]) -> Graph:
+    def _capture(self, mine: list[torch.Tensor]) -> Graph:
         """A graph has a context of its own: one that changes its shapes would move the memory under it."""
-        mine = [torch.empty(x.shape, dtype=x.dtype, device=self.device.device) for x in given]
-        for m, x in zip(mine, given, strict=True):
-            m.copy_(x)
         context = self._new_context()
         outputs = context.prepare(mine)
         context.run()  # the first run of a shape may compile and allocate, which no graph takes
-        return Graph(context, mine, outputs, self.device.capture(context.run))
+        return Graph(mine, outputs, self.device.capture(context.run), context)
 
 
 def load_engine(path: Path, library: Library, manifest: Manifest | None) -> EngineRunner:

@@ -32,13 +32,16 @@ def build(
     model: Annotated[str, typer.Argument(help="module.py:factory, package.module:factory, or a timm model's name.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The plan to write, *.plan.")],
     target: Annotated[str, typer.Option(help="What to compile to: aoti, openvino, tensorrt-rtx or tensorrt.")] = "aoti",
+    device: Annotated[
+        str | None, typer.Option(help="Where the plan runs: cpu or cuda. Target aoti builds for both (default: cpu).")
+    ] = None,
     precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
     sm: Annotated[str | None, typer.Option(help="TensorRT: GPU architectures of the plan, e.g. 80,86,89,120.")] = None,
     plugins: Annotated[
         str | None,
         typer.Option(
-            help="TensorRT: our ops called in Python (python, the default), as kernels inside the plan (aot), or "
-            "lowered to standard operators (none)."
+            help="For a GPU: our ops called in Python (python, the default for TensorRT), as kernels inside the plan "
+            "(aot, the default for aoti), or lowered to standard operators (none)."
         ),
     ] = None,
     inputs: Annotated[
@@ -79,9 +82,10 @@ def build(
     from planmill import engine
     from planmill.engine.models import load_model
     from planmill.engine.plan import check_destination
-    from planmill.engine.targets import find_target
+    from planmill.engine.targets import choose_device, find_target
 
     find_target(target)
+    place = choose_device(target, device)
     if precision not in engine.TOLERANCES:
         raise PlanmillError(f"precision must be fp32, bf16 or fp16, got {precision!r}")
     kind: Precision = precision
@@ -96,6 +100,7 @@ def build(
             _examples(wanted or _own_inputs(module), sizes[1]),
             out,
             target=target,
+            device=place,
             precision=kind,
             plugins=mode,
             sms=sms,

@@ -11,7 +11,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from planmill.engine import Plan
-    from planmill.engine.manifest import TensorRT
+    from planmill.engine.manifest import Gpu, TensorRT
 
 
 def info(
@@ -35,7 +35,7 @@ def describe(plan: "Plan", console: Console) -> None:
     layout = ", channels-last" if m.layout == "channels_last" else ""
     rows = [
         ("model", m.model),
-        ("target", f"{m.target}, {m.precision}{layout}"),
+        ("target", f"{m.target}{' for cuda' if m.gpu else ''}, {m.precision}{layout}"),
         *(("input", f"{spec.name}: {spec}") for spec in m.inputs),
         *(("output", f"{spec.name}: {spec}") for spec in m.outputs),
         *(("dynamic", f"{name}: {d.minimum} to {d.maximum}, tuned for {d.optimum}") for name, d in m.dynamic.items()),
@@ -46,6 +46,7 @@ def describe(plan: "Plan", console: Console) -> None:
         *(("payload", f"{p.name}, {p.size / 2**20:.1f} MiB, sha256 {p.sha256[:16]}...") for p in m.payloads),
         ("built", f"{m.created}, in {m.build_time_s:.1f} s"),
         *(_tensorrt(m.tensorrt) if m.tensorrt else ()),
+        *(_gpu(m.gpu) if m.gpu else ()),
         *((f"metadata {key}", json.dumps(value)) for key, value in m.metadata.items()),
     ]
     for key, value in rows:
@@ -74,4 +75,13 @@ def _tensorrt(t: "TensorRT") -> list[tuple[str, str]]:
         ("plugins", f"{t.plugin_mode}: {plugins}" if plugins else f"{t.plugin_mode}: no op of ours in the plan"),
         ("layers", ", ".join(f"{count} {kind}" for kind, count in layers)),
         *(("profile", f"{n}: {low} to {high}, tuned for {opt}") for n, (low, opt, high) in profile),
+    ]
+
+
+def _gpu(g: "Gpu") -> list[tuple[str, str]]:
+    """Rows of what AOTInductor built for a GPU."""
+    kernels = ", ".join(f"{count} {kernel}" for kernel, count in g.kernels.items())
+    return [
+        ("GPU", f"SM {g.sm // 10}.{g.sm % 10}, built on {g.name}"),
+        ("kernels", f"{g.plugin_mode}: {kernels}" if kernels else f"{g.plugin_mode}: no kernel of ours in the plan"),
     ]

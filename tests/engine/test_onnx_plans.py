@@ -229,5 +229,8 @@ def test_a_target_without_its_packages_says_what_to_install(monkeypatch: pytest.
 
 
 def test_aoti_takes_no_options_of_tensorrt(tmp_path: Path) -> None:
-    with pytest.raises(PlanError, match="target aoti takes neither plugins nor SM"):
-        build(nn.Linear(2, 2).eval(), torch.randn(1, 2), tmp_path / "a.plan", plugins="none", dynamic=None)
+    model, x, out = nn.Linear(2, 2).eval(), torch.randn(1, 2), tmp_path / "a.plan"
+    with pytest.raises(PlanError, match="plugins none: a plan for the CPU calls our ops"):
+        build(model, x, out, plugins="none", dynamic=None)
+    with pytest.raises(PlanError, match="target aoti builds for the machine at hand: SM architectures are TensorRT's"):
+        build(model, x, out, sms=[80], dynamic=None)

@@ -274,5 +274,5 @@ def test_profile(convolutional_plan: Plan, tmp_path: Path) -> None:
 
 
 def test_cuda_graphs_are_for_a_gpu(perceptron_plan: Plan) -> None:
-    with pytest.raises(PlanError, match="cuda_graphs: a plan of target aoti runs on the CPU"):
+    with pytest.raises(PlanError, match="cuda_graphs: this plan of target aoti runs on the CPU"):
         Session(perceptron_plan.path, cuda_graphs=True)

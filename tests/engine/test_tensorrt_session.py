@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from planmill.engine import PlanError
+from planmill.engine.graphs import Device
 from planmill.engine.plugins.memory import view_memory
 from planmill.engine.targets import OnDevice
-from planmill.engine.tensorrt.session import Device, EngineRunner
+from planmill.engine.tensorrt.session import EngineRunner
 
 HOST = torch.device("cpu")
 
@@ -186,4 +187,5 @@ def test_graphs_of_old_shapes_are_let_go() -> None:
             given = inputs(2, columns)
             assert_right(run(given), given)
     assert device.captures == 11
-    assert len(run._captured) == 8
+    assert run._graphs is not None
+    assert len(run._graphs) == 8
