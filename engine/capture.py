@@ -23,6 +23,8 @@ from planmill.engine.manifest import DimRange, Precision, TensorSpec
 Examples = torch.Tensor | Sequence[torch.Tensor] | Mapping[str, torch.Tensor]
 Layout = Literal["channels_last", "contiguous"]
 
+# What a user's model may raise on the wrong input; its own message is what helps.
+MODEL_ERRORS = (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, AssertionError)
 _HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -226,13 +228,17 @@ def _must_run(model: torch.nn.Module, examples: tuple[torch.Tensor, ...], how: s
     try:
         with torch.no_grad():
             return model(*examples)
-    # What a user's model may raise on the wrong input; its own message is what helps.
-    except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, AssertionError) as error:
+    except MODEL_ERRORS as error:
         raise PlanError(f"the model does not run {how}: {type(error).__name__}: {first_line(error)}") from error
 
 
 class _Arithmetic(TorchDispatchMode):
-    """Counts floating-point operations; torch's FlopCounterMode trips over some models without gradients (2.13)."""
+    """Counts floating-point operations; torch's FlopCounterMode trips over some models without gradients (2.13).
+
+    What a branch or a loop of torch's does inside is not counted.
+    """
+
+    pass
 
     def __init__(self) -> None:
         super().__init__()
@@ -240,7 +246,7 @@ class _Arithmetic(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        packet = func._overloadpacket
+        packet = getattr(func, "_overloadpacket", None)
         if packet in flop_registry:
             flops = flop_registry[packet](*args, **(kwargs or {}), out_val=out)
             self.total += flops

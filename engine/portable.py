@@ -125,6 +125,15 @@ def _amin(x: torch.Tensor, dim: Any = (), keepdim: bool = False) -> torch.Tensor
     return torch.amin(x, _every(x, dim), keepdim)
 
 
+def _at(find: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """argmax or argmin of one dimension as of two, which TensorRT asks for."""
+
+    def found(x: torch.Tensor, dim: int | None = None, keepdim: bool = False) -> torch.Tensor:
+        return find(x, dim, keepdim) if x.dim() != 1 else find(x[None], 1, keepdim)[0]
+
+    return found
+
+
 def _every(x: torch.Tensor, dim: Any) -> Any:
     return tuple(range(x.dim())) if dim == () else dim
 
@@ -159,6 +168,10 @@ _STAND_INS: dict[Any, Callable[..., Any]] = {
     torch.Tensor.amax: _amax,
     torch.amin: _amin,
     torch.Tensor.amin: _amin,
+    torch.argmax: _at(torch.argmax),
+    torch.Tensor.argmax: _at(torch.argmax),
+    torch.argmin: _at(torch.argmin),
+    torch.Tensor.argmin: _at(torch.argmin),
     torch.searchsorted: _searchsorted,
     torch.Tensor.__getitem__: _getitem,
 }

@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 
-from planmill.engine.capture import Captured, resized
-from planmill.engine.errors import PlanError
+from planmill.engine.capture import MODEL_ERRORS, Captured, resized
+from planmill.engine.errors import PlanError, first_line
 from planmill.engine.manifest import DimRange, OutputReceipt, Precision, Receipt, TensorSpec, Tolerance, Verified
 from planmill.engine.targets import Runner
 
@@ -49,16 +50,16 @@ def verify(
         The receipt, the worst over all cases.
 
     Raises:
-        PlanError: an output is out of tolerance; names the output, the number and the tolerance. NaN never passes.
+        PlanError: an output is out of tolerance; names the output, the number and the tolerance. NaN never passes. Or
+            the model or the plan does not run at one of the sizes; names them, and says what it said.
     """
     cases = plan_cases(captured.dynamic)
     generator = torch.Generator().manual_seed(seed)
     worst: dict[str, OutputReceipt] = {}
     for index, sizes in enumerate(cases):
         inputs = list(sample(sizes, generator)) if sample else draw_inputs(captured, sizes, generator)
-        with torch.no_grad():
-            wanted = captured.reference(*inputs)
-        got = run([x.contiguous() for x in inputs])
+        wanted = _called(partial(captured.reference, *inputs), "the model", sizes)
+        got = _called(partial(run, [x.contiguous() for x in inputs]), "the plan", sizes)
         for spec, w, g in zip(captured.outputs, wanted, got, strict=True):
             _must_match(spec, w, g, sizes)
             worst[spec.name] = _worse(worst.get(spec.name), compare(spec.name, g.detach(), w.detach()))
@@ -67,6 +68,16 @@ def verify(
     receipt = Receipt(cases=cases, outputs=outputs, tolerance=tolerance, verified=verified, proof=proof)
     check_receipt(receipt)
     return receipt
+
+
+def _called(call: Callable[[], Sequence[torch.Tensor]], what: str, sizes: Mapping[str, int]) -> Sequence[torch.Tensor]:
+    try:
+        with torch.no_grad():
+            return call()
+    except MODEL_ERRORS as error:
+        at = "at " + ", ".join(f"{name} = {size}" for name, size in sizes.items()) if sizes else "on random inputs"
+        way_out = "narrow the range of sizes, or " * bool(sizes) + "give inputs that it takes (sample=)"
+        raise PlanError(f"{what} does not run {at}: {type(error).__name__}: {first_line(error)}: {way_out}") from error
 
 
 def plan_cases(dynamic: Mapping[str, DimRange]) -> list[dict[str, int]]:

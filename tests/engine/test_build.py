@@ -122,6 +122,36 @@ def test_model_that_gives_nan_never_passes(fake_target: ModuleType, tmp_path: Pa
     )
 
 
+class Pairs(nn.Module):
+    """Takes two rows or more, and says so only when it runs."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.compiler.is_compiling() and x.shape[0] < 2:
+            raise ValueError(f"pairs: x must have at least 2 rows,\ngot {list(x.shape)}")
+        return x - x.mean(0)
+
+
+@pytest.mark.parametrize(
+    ("who", "message"),
+    [
+        ("model", r"the model does not run at batch = 1: ValueError: pairs: x must have at least 2 rows,: narrow the"),
+        ("plan", r"the plan does not run at batch = 2: RuntimeError: out of luck: narrow the range of sizes, or give"),
+    ],
+)
+def test_a_size_at_which_it_does_not_run_is_one_error(
+    fake_target: ModuleType, tmp_path: Path, who: str, message: str
+) -> None:
+    def spoil(outputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        raise RuntimeError("out of luck")
+
+    if who == "plan":
+        fake_target.spoil = spoil  # type: ignore[attr-defined]
+    dynamic = DynamicDim("batch", 1 if who == "model" else 2, 3, 4)
+    with pytest.raises(PlanError, match=message):
+        build(Pairs().eval(), torch.randn(3, 6), tmp_path / "a.plan", target="fake", dynamic=dynamic)
+    assert not list(tmp_path.iterdir())
+
+
 def test_refused_before_any_work(perceptron: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("planmill.engine.pipeline.capture", None)
     x = torch.randn(1, 6)

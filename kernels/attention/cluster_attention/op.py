@@ -16,6 +16,7 @@ SPEC = OpSpec(
     "Tensor memory_v, Tensor q_mask, Tensor k_mask, float scale, bool causal, bool shared_qk) -> Tensor",
     outputs=lambda q, k, v, *rest: [((q.shape[0], q.shape[1], q.shape[2], v.shape[3]), q.dtype)],
     reference=cluster_attention_reference,
+    portable="portable:cluster_attention_portable",
     cases=cases,
     tolerances={torch.float32: (1e-5, 1e-5), torch.bfloat16: (2e-3, 8e-3), torch.float16: (2e-3, 2e-3)},
     cpu="C++",

@@ -27,6 +27,7 @@ SPEC = OpSpec(
     "float ridge, bool normalize, bool batch_coupled) -> Tensor",
     outputs=lambda q, v, *rest: [(v.shape, v.dtype)],
     reference=softmax_free_attention_reference,
+    portable="portable:softmax_free_attention_portable",
     cases=cases,
     tolerances={
         torch.float32: (2e-4, 1e-4),

@@ -1,6 +1,8 @@
-"""Sums over classes by scattering, whatever the labels are: a row without a class adds to one that is dropped."""
+"""Sums over classes as a product with their labels: a row without a class is in none."""
 
 import torch
+
+from planmill.kernels.common.portable import sum_rows
 
 
 def class_moments_portable(
@@ -8,10 +10,10 @@ def class_moments_portable(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See the reference; in float32."""
     labelled = (labels >= 0) & (labels < classes)
-    y = torch.where(labelled, labels, classes).long()
+    y = labels.long()
     x = torch.where(labelled[:, None], features.float(), 0.0)
-    at = y[:, None].expand_as(x)
-    count = x.new_zeros(classes + 1).scatter_add(0, y, labelled.float())
-    mean = x.new_zeros(classes + 1, x.shape[1]).scatter_add(0, at, x) / count.clamp_min(1)[:, None]
-    z = torch.where(labelled[:, None], x - mean[y], 0.0)
-    return mean[:-1], z.T @ z, count[:-1].int()
+    which = torch.arange(classes, device=y.device)[:, None] == y  # [K, N]
+    count = which.float().sum(1)
+    mean = sum_rows(which, x) / count.clamp_min(1)[:, None]
+    z = torch.where(labelled[:, None], x - mean[y.clamp(0, classes - 1)], 0.0)
+    return mean, z.T @ z, count.int()

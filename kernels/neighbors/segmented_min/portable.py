@@ -1,4 +1,4 @@
-"""Every row goes to the minimum of its segment, screened by products; the winners are measured by differences.
+"""The nearest row of each segment, screened by products; the winners are measured by differences.
 
 Of two rows that are closer to each other than float32 products can tell, the other one may win.
 """
@@ -6,6 +6,7 @@ Of two rows that are closer to each other than float32 products can tell, the ot
 import torch
 
 from planmill.kernels.neighbors.knn.portable import distances, scale_of, screened
+from planmill.kernels.neighbors.segmented_max.portable import best_by_segment
 
 
 def segmented_min_portable(
@@ -13,17 +14,11 @@ def segmented_min_portable(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See the reference; in float32."""
     q, x = queries.float(), database.float()
-    segments, rows = offsets.shape[0] - 1, x.shape[0]
     valid = q.isfinite().all(1)[:, None] & x.isfinite().all(1)[None]
     q, x = (torch.where(t.isfinite(), t, 0) for t in (q, x))
     scale = scale_of(q, x)
     q, x = q / scale, x / scale
-    score = screened(q, x, valid)
-    position = torch.arange(rows, device=x.device)
-    segment = (position[:, None] >= offsets[None, 1:]).sum(1)  # of each row, ascending
-    at = segment[None].expand_as(score)
-    best = score.new_full((q.shape[0], segments), torch.inf).scatter_reduce(1, at, score, "amin")
-    first = torch.where((score == best.gather(1, at)) & (score < torch.inf), position, rows)
-    indices = first.new_full((q.shape[0], segments), rows).scatter_reduce(1, at, first, "amin")
-    measured = distances(q, x[indices.clamp_max(rows - 1)]) * scale
-    return torch.where(indices == rows, torch.inf, measured), torch.where(indices == rows, -1, indices).int()
+    score, rows = best_by_segment(-screened(q, x, valid), offsets)
+    measured = distances(q, x[rows]) * scale
+    none = score == -torch.inf
+    return torch.where(none, torch.inf, measured), torch.where(none, -1, rows)

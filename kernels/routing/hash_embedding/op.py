@@ -42,6 +42,7 @@ SPEC = OpSpec(
         ((values.shape[0], seeds.shape[0] * table.shape[1]), table.dtype)
     ],
     reference=hash_embedding_reference,
+    portable="portable:hash_embedding_portable",
     cases=cases,
     backward=backward,
     tolerances={torch.float32: (1e-5, 1e-5), torch.bfloat16: (2e-3, 8e-3), torch.float16: (2e-3, 2e-3)},

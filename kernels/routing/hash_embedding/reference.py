@@ -22,20 +22,27 @@ def hash_rows(values: torch.Tensor, seeds: torch.Tensor, rows: int) -> torch.Ten
     return ((high * rows + ((low * rows) >> 32)) >> 32) & LOW
 
 
-def hash_embedding_reference(
-    values: torch.Tensor, lengths: torch.Tensor, weights: torch.Tensor, table: torch.Tensor, seeds: torch.Tensor,
-    features: torch.Tensor, mean: bool,
+def pooled_rows(
+    rows: torch.Tensor, lengths: torch.Tensor, weights: torch.Tensor, table: torch.Tensor, features: torch.Tensor,
+    mean: bool,
 ) -> torch.Tensor:  # fmt: skip
-    """[B, J * d] of the dtype of the table."""
-    chosen = features.long()
-    v = values[:, chosen]  # [B, J, L]
-    most = v.shape[2]
-    count = lengths[:, chosen].clamp(0, most) if lengths.numel() else torch.full_like(v[..., 0], most)
-    used = torch.arange(most, device=v.device) < count[..., None]
-    found = table.double()[hash_rows(v, seeds[:, None], table.shape[0])]  # E[h_j(v)]: [B, J, L, d]
+    """[B, J * d] of the table's `rows` [B, J, L]."""
+    most, chosen = rows.shape[2], features.long()
+    count = lengths[:, chosen].clamp(0, most) if lengths.numel() else torch.full_like(rows[..., 0], most)
+    used = torch.arange(most, device=rows.device) < count[..., None]
+    found = table.double()[rows]  # E[h_j(v)]: [B, J, L, d]
     if weights.numel():
         found = found * weights.double()[:, chosen][..., None]
     pooled = torch.where(used[..., None], found, 0).sum(2)
     if mean:
         pooled = pooled / count.clamp_min(1)[..., None]
     return pooled.flatten(1).to(table.dtype)
+
+
+def hash_embedding_reference(
+    values: torch.Tensor, lengths: torch.Tensor, weights: torch.Tensor, table: torch.Tensor, seeds: torch.Tensor,
+    features: torch.Tensor, mean: bool,
+) -> torch.Tensor:  # fmt: skip
+    """[B, J * d] of the dtype of the table."""
+    rows = hash_rows(values[:, features.long()], seeds[:, None], table.shape[0])
+    return pooled_rows(rows, lengths, weights, table, features, mean)
