@@ -48,7 +48,7 @@ std::tuple<at::Tensor, at::Tensor> best_of_segments(const at::Tensor& queries, c
   std::vector<Best> best(static_cast<size_t>(n * s), Best{metric == Metric::kL2 ? kInfinity : -kInfinity, -1});
   if (n > 0 && s > 0 && x.size(0) > 0) {
     const Rows left(q, d), right(x, d);
-    Search{screen_kernels(), metric, true, left, right, ends, best.data()}.run();
+    Search{screen_kernels(n, x.size(0)), metric, true, left, right, ends, best.data()}.run();
   }
   float* value = values.data_ptr<float>();
   int32_t* index = indices.data_ptr<int32_t>();

@@ -1,6 +1,7 @@
 #include "neighbors/listing.h"
 
 #include <algorithm>
+#include <cmath>
 
 namespace planmill {
 namespace {
@@ -23,7 +24,8 @@ class Look {
     float product, other;
     s_.kernels.dots(x, &y, 1, d_, &product);
     s_.kernels.dots(y, &y, 1, d_, &other);
-    return product - (distance_ ? 0.5f * other : 0.0f) - rounding_ * (own_ + other) - 1.0e-30f;
+    const float elsewhere = distance_ ? 0.5f * other : s_.frame.rounding * std::sqrt(own_) * (1.0f + 1.0e-6f);
+    return product - elsewhere - rounding_ * (own_ + other) - 1.0e-30f;
   }
 
  private:

@@ -2,6 +2,7 @@
 //
 // A row x is stored as 16-bit numbers q with a scale: x = inv * q + (rest of length <= res). For two rows
 //     |x.y - inv_x inv_y (q_x.q_y)| <= res_x |y| + (|x| + res_x) res_y      (Cauchy-Schwarz, twice)
+// Floats (screen_floats.h): rows are stored as they are, and what is bounded is the rounding of the sum.
 // Integers (AVX2, AVX-512): rows are scaled to a length below 2^15.5, so that a 32-bit sum can never overflow and the
 // product is exact. bf16 (AMX): rows are scaled to length one; the float32 sum adds |x||y| D 2^-24.
 // The value screened is v = x.y - half_y: with half = |y|^2/2 the nearest row has the largest v, with half = 0 it is the
@@ -33,6 +34,7 @@ struct Counts {
 struct ScreenKernels {
   const char* name;
   int left_panel, right_panel;
+  bool rows_behind;      // a left panel is one prepared row behind the other, `words` floats each
   bool integer;          // products arrive as int32, else as float
   int64_t left_rows;     // rows of a left block that keep the caches busy but not full
 
@@ -78,6 +80,10 @@ struct ScreenKernels {
   int64_t (*list_pairs)(const float* t, int64_t columns, RowStats left, StatsView right, float threshold,
                         const float* low_right, int32_t* found, float* upper);
 
+  // Columns of one row of raw products that may be its best, given that another one has v of at least `low`, which goes up
+  // with theirs; and the largest upper bound of v among the others (`rest`; null to leave out). Overwrites the products.
+  int64_t (*list_nearest)(float* t, int64_t columns, RowStats left, StatsView right, float* low, int32_t* found, float* rest);
+
   // Exact float32 work on candidates.
   void (*squared_distances)(const float* x, const float* const* y, int64_t count, int64_t d, float* out);
   void (*dots)(const float* x, const float* const* y, int64_t count, int64_t d, float* out);
@@ -87,6 +93,9 @@ const ScreenKernels* screen_baseline();
 const ScreenKernels* screen_avx2();
 const ScreenKernels* screen_avx512();
 const ScreenKernels* screen_amx();
+const ScreenKernels* screen_floats_baseline();
+const ScreenKernels* screen_floats_avx2();
+const ScreenKernels* screen_floats_avx512();
 const ScreenKernels* screen_bytes_avx2();
 const ScreenKernels* screen_bytes_avx512();
 

@@ -129,6 +129,7 @@ const ScreenKernels* screen_amx() {
                                             kPanel,
                                             kPanel,
                                             false,
+                                            false,
                                             256,
                                             &prepare<Vec>,
                                             &words_of_pairs<kTile>,
@@ -144,6 +145,7 @@ const ScreenKernels* screen_amx() {
                                             &list_above<Vec, false>,
                                             &two_lower_bounds<Vec, false>,
                                             &list_pairs<Vec>,
+                                            &list_nearest<Vec, false>,
                                             &against_all<Vec, true>,
                                             &against_all<Vec, false>};
   return &kernels;

@@ -5,6 +5,7 @@
 #define PLANMILL_AVX512
 #endif
 #include "neighbors/screen_bytes.h"
+#include "neighbors/screen_floats.h"
 
 namespace planmill {
 namespace {
@@ -17,6 +18,11 @@ using Vec = VecAvx512;
 
 const ScreenKernels* screen_avx512() {
   static constexpr ScreenKernels kernels = integer_kernels<Vec, 12, 2>("avx512", 192);
+  return &kernels;
+}
+
+const ScreenKernels* screen_floats_avx512() {
+  static constexpr ScreenKernels kernels = float_kernels<Vec, 12, 2>("avx512 floats", 192);
   return &kernels;
 }
 

@@ -8,9 +8,19 @@
 #include "neighbors/screening.h"
 
 namespace planmill {
+namespace {
+
+constexpr int64_t kFloatRows = 128;
+
+}  // namespace
 
 const ScreenKernels& screen_kernels() {
   return choose_kernels(screen_baseline(), screen_avx2(), screen_avx512(), screen_amx());
+}
+
+const ScreenKernels& screen_kernels(int64_t left_rows, int64_t right_rows) {
+  if (std::min(left_rows, right_rows) >= kFloatRows) return screen_kernels();
+  return choose_kernels(screen_floats_baseline(), screen_floats_avx2(), screen_floats_avx512());
 }
 
 const ScreenKernels& coarse_kernels() {
@@ -90,7 +100,6 @@ void Rows::fetch(int64_t i) const {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr float kLongest = 1.0e16f;  // a longer row would overflow the squares of the bounds
 
 // Magnitudes of floats are ordered like their bits, which vectorises on every processor.
 int32_t largest_bits(const float* x, int64_t d) {
@@ -167,12 +176,17 @@ Frame frame_of(const Rows& rows, Metric metric, const Rows* others, bool whole) 
   Frame frame;
   frame.centre.resize(static_cast<size_t>(d));
   for (int64_t c = 0; c < d; ++c) frame.centre[c] = used > 0 ? static_cast<float>(sum[c] / static_cast<double>(used)) : 0.0f;
-  if (metric == Metric::kCosine) return frame;
+  const auto finish = [&] {  // a float32 product of rows that are a centre apart from where they are screened
+    const auto sums = static_cast<float>(d) * 0.25f + 16.0f;
+    if (metric != Metric::kL2) frame.rounding = 6.0e-8f * sums * static_cast<float>(length_of_row(frame.centre.data(), d));
+    return frame;
+  };
+  if (metric == Metric::kCosine) return finish();
   float reach = half_reach(rows, whole ? 1 : step, frame.centre);
   if (whole && others != nullptr) reach = std::max(reach, half_reach(*others, 1, frame.centre));
   frame.scale = power_of_two_over(reach);
   for (float& c : frame.centre) c *= frame.scale;
-  return frame;
+  return finish();
 }
 
 Frame frame_at_origin(const Rows& rows, bool whole) {
@@ -197,12 +211,9 @@ Packed::Packed(const ScreenKernels& kernels, Side side, int64_t capacity, int64_
       pairs_(kernels.words(d)),
       capacity_((capacity + panel_ - 1) / panel_ * panel_) {
   words_ = at::empty({capacity_, pairs_}, at::kInt);
-  stats_ = at::empty({4, capacity_}, at::kFloat);
-}
-
-StatsView Packed::stats(int64_t row) const {
-  float* base = stats_.data_ptr<float>() + row;
-  return {base, base + capacity_, base + 2 * capacity_, base + 3 * capacity_};
+  numbers_ = at::empty({4, capacity_}, at::kFloat);
+  packed_ = reinterpret_cast<uint32_t*>(words_.data_ptr<int32_t>());
+  stats_ = numbers_.data_ptr<float>();
 }
 
 bool Packed::valid(int64_t row) const { return stats(row).half[0] < kInfinity; }
@@ -243,7 +254,7 @@ void Packed::pack_row(const Rows& rows, int64_t row, const Frame& frame, Metric 
   view.inv[0] = s.inv;
   view.half[0] = metric == Metric::kL2 ? s.half : 0.0f;
   view.norm[0] = s.norm;
-  view.res[0] = s.res;
+  view.res[0] = shifted && metric != Metric::kL2 ? s.res + frame.rounding : s.res;
 }
 
 bool Packed::pack(const Rows& rows, int64_t begin, int64_t count, const Frame& frame, Metric metric, bool shifted,
@@ -253,19 +264,21 @@ bool Packed::pack(const Rows& rows, int64_t begin, int64_t count, const Frame& f
   at::parallel_for(0, slots / panel_, 1, [&](int64_t first, int64_t last) {
     std::vector<float> scratch(static_cast<size_t>(rows.width()));
     std::vector<uint32_t> packed(static_cast<size_t>(panel_ * pairs_));
+    const bool in_place = side_ == Side::kLeft && kernels_.rows_behind;
     for (int64_t panel = first; panel < last; ++panel) {
+      uint32_t* const panel_words = packed_ + (at + panel * panel_) * pairs_;
       for (int64_t lane = 0; lane < panel_; ++lane) {
         const int64_t i = panel * panel_ + lane, slot = at + i;
-        uint32_t* target = packed.data() + lane * pairs_;
+        uint32_t* target = (in_place ? panel_words : packed.data()) + lane * pairs_;
         if (i >= count) {
           pad_row(slot, target);
           continue;
         }
-        pack_row(rows, begin + i, frame, metric, shifted, rounded, slot, scratch.data(), target);
+        float* prepared = in_place ? reinterpret_cast<float*>(target) : scratch.data();
+        pack_row(rows, begin + i, frame, metric, shifted, rounded, slot, prepared, target);
         if (!(stats(slot).norm[0] < kLongest)) fits = false;
       }
-      uint32_t* target = words() + (at + panel * panel_) * pairs_;
-      (side_ == Side::kLeft ? kernels_.put_left : kernels_.put_right)(packed.data(), pairs_, target);
+      if (!in_place) (side_ == Side::kLeft ? kernels_.put_left : kernels_.put_right)(packed.data(), pairs_, panel_words);
     }
   });
   return fits;

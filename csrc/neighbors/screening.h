@@ -12,6 +12,9 @@ namespace planmill {
 // The kernels of the instruction set in use (common/cpu_capability.h).
 const ScreenKernels& screen_kernels();
 
+// The same, or those of float32 where either side has so few rows that bringing the other into 16 bits is the work.
+const ScreenKernels& screen_kernels(int64_t left_rows, int64_t right_rows);
+
 // The 8-bit kernels of the instruction set in use; the same as screen_kernels() where it has none.
 const ScreenKernels& coarse_kernels();
 
@@ -56,6 +59,10 @@ enum class Metric { kL2, kDot, kCosine };
 struct Frame {
   std::vector<float> centre;  // scaled
   float scale = 1.0f;         // a power of two, so that scaling is exact
+  // Inner products and cosines are evaluated where the rows are, and rounded there: by at most this, for a query of length
+  // one, beyond what the screen's coordinates would have them rounded. Their bounds are widened by it, so that of products
+  // that float32 rounds alike none is lost, whatever the centre.
+  float rounding = 0.0f;
 };
 
 // The centre is the mean of up to 256 rows of `rows`. The scale comes from the same sample, or from all rows of `rows` and
@@ -67,6 +74,8 @@ Frame frame_at_origin(const Rows& rows, bool whole);
 
 // The power of two by which `pack` scales a row of queries whose inner products are wanted (kDot, not shifted).
 float scale_of_row(const float* x, int64_t d);
+
+constexpr float kLongest = 1.0e16f;  // a longer row, in a frame, would overflow the squares of the bounds
 
 // `rows` rounded up to whole panels.
 inline int64_t round_up(int64_t rows, int64_t panel) { return (rows + panel - 1) / panel * panel; }
@@ -91,13 +100,15 @@ class Packed {
 
   int64_t padded(int64_t rows) const { return round_up(rows, panel_); }
   int64_t panels(int64_t rows) const { return padded(rows) / panel_; }
-  const uint32_t* at(int64_t row) const { return words_.data_ptr<int32_t>() ? words() + row * pairs_ : nullptr; }
-  StatsView stats(int64_t row) const;
+  const uint32_t* at(int64_t row) const { return packed_ != nullptr ? packed_ + row * pairs_ : nullptr; }
+  StatsView stats(int64_t row) const {
+    float* base = stats_ + row;
+    return {base, base + capacity_, base + 2 * capacity_, base + 3 * capacity_};
+  }
   bool valid(int64_t row) const;
   int64_t pairs() const { return pairs_; }
 
  private:
-  uint32_t* words() const { return reinterpret_cast<uint32_t*>(words_.data_ptr<int32_t>()); }
   void pack_row(const Rows& rows, int64_t row, const Frame& frame, Metric metric, bool shifted, bool rounded,
                 int64_t slot, float* scratch, uint32_t* packed) const;
   void pad_row(int64_t slot, uint32_t* packed) const;
@@ -105,7 +116,9 @@ class Packed {
   const ScreenKernels& kernels_;
   Side side_;
   int64_t panel_, pairs_, capacity_;
-  at::Tensor words_, stats_;
+  at::Tensor words_, numbers_;
+  uint32_t* packed_;  // the data of words_
+  float* stats_;      // and of numbers_: [4][capacity_]
 };
 
 // Whether no entry is NaN or infinity.
@@ -129,6 +142,7 @@ struct Pending {
 struct Workspace {
   std::vector<float> products, low_left, low_right, values, scratch, scratch_rows, bounds;
   std::vector<int32_t> found, others;
+  std::vector<uint32_t> left;
   std::vector<const float*> rows;
   std::vector<Pending> pending;
 };
@@ -152,7 +166,7 @@ struct Block {
 // One block of left rows (panel row `left_slot`, row `left_row` of the matrix) against one block of right rows: multiplies,
 // bounds, and calls `visit(left row of the block, right rows of the block, values, count)` with every pair that may be the
 // best of its left row. Pairs that may be the best of their right row are left in `w.pending` where `low_right` is given:
-// later blocks rule most of them out. Bounds in `low_left` and `low_right` run on from block to block.
+// later blocks rule most of them out. Bounds in `low_left` and `low_right` (null to leave out) run on from block to block.
 template <class Visit>
 void visit_candidates(const Block& b, int64_t left_slot, int64_t left_row, int64_t rows, int64_t right_slot,
                       int64_t right_row, int64_t columns, float* low_left, float* low_right, Workspace& w, Visit visit) {
@@ -165,12 +179,17 @@ void visit_candidates(const Block& b, int64_t left_slot, int64_t left_row, int64
   b.kernels.multiply(b.left.at(left_slot), b.right.at(right_slot), b.left.panels(rows), b.right.panels(columns),
                      b.left.pairs(), w.products.data(), ld);
   const StatsView left = b.left.stats(left_slot), right = b.right.stats(right_slot);
-  b.kernels.lower_bounds(w.products.data(), rows, ld, ld, left, right, low_left, low_right);
+  if (low_right != nullptr) b.kernels.lower_bounds(w.products.data(), rows, ld, ld, left, right, low_left, low_right);
   for (int64_t r = 0; r < rows; ++r) {
     if (!b.left.valid(left_slot + r)) continue;
     const RowStats own{left.inv[r], left.half[r], left.norm[r], left.res[r]};
-    const Counts counts = b.kernels.candidates(w.products.data() + r * ld, ld, own, right, low_left[r], low_right,
-                                               w.found.data(), w.others.data(), w.bounds.data());
+    float* products = w.products.data() + r * ld;
+    Counts counts{0, 0};
+    if (low_right == nullptr)
+      counts.found = b.kernels.list_nearest(products, ld, own, right, low_left + r, w.found.data(), nullptr);
+    else
+      counts = b.kernels.candidates(products, ld, own, right, low_left[r], low_right, w.found.data(), w.others.data(),
+                                    w.bounds.data());
     for (int64_t k = 0; k < counts.others; ++k)
       w.pending.push_back({static_cast<int32_t>(left_row + r), static_cast<int32_t>(right_row + w.others[k]), w.bounds[k]});
     b.evaluate(left_row + r, right_row, w.found.data(), counts.found, w, w.values.data());

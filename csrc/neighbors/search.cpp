@@ -1,5 +1,6 @@
 #include "common/torch_headers.h"
 
+#include <atomic>
 #include <limits>
 
 #include "neighbors/search.h"
@@ -10,7 +11,8 @@ namespace {
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLowest = -3.0e38f;
 constexpr int64_t kColumns = 1024;               // right rows of a block
-constexpr int64_t kPackedBytes = int64_t{24} << 20;  // of queries, and of the database, packed at a time
+constexpr int64_t kPackedBytes = int64_t{24} << 20;  // of the database, packed at a time
+constexpr int64_t kQueryBytes = int64_t{1} << 20;    // and of the queries, by a thread, where there are segments
 
 }  // namespace
 
@@ -40,34 +42,46 @@ bool Search::pack_segments(Packed& right, int64_t first, int64_t last, const Fra
   return fits;
 }
 
-// Groups of queries and groups of segments, each packed once per meeting; tasks are (chunk of queries, segment).
+// Groups of segments, packed once; chunks of queries are packed where they meet one, and stay in cache.
 bool Search::attempt(const Frame& frame) {
   const int64_t d = queries.width(), row_bytes = 2 * d + 64;
-  const int64_t group = std::max<int64_t>(kernels.left_rows, kPackedBytes / row_bytes);
-  Packed left(kernels, Packed::Side::kLeft, std::min(group, queries.count()), d);
-  const int64_t chunk = even_block(std::min(group, queries.count()), kernels.left_rows, kernels.left_panel, 1);
   for (int64_t first = 0; first < segments();) {
     int64_t last = first, slots_used = 0;
     do slots_used += round_up(offsets[last + 1] - offsets[last], kernels.right_panel), ++last;
     while (last < segments() && (slots_used + round_up(offsets[last + 1] - offsets[last], kernels.right_panel)) * row_bytes <= kPackedBytes);
     Packed right(kernels, Packed::Side::kRight, slots_used, d);
     std::vector<int64_t> slots;
-    if (!pack_segments(right, first, last, frame, slots)) return false;
-    const Block block{kernels, left, right, queries, database, metric, query_inverse, database_inverse};
-    for (int64_t q = 0; q < queries.count(); q += group) {
-      const int64_t count = std::min(group, queries.count() - q), chunks = (count + chunk - 1) / chunk;
-      if (!pack_queries(left, q, count, frame)) return false;
-      at::parallel_for(0, chunks * (last - first), 1, [&](int64_t begin, int64_t end) {
-        Workspace w;
-        for (int64_t t = begin; t < end; ++t) {
-          const int64_t at = t % chunks * chunk, segment = t / chunks;
-          task(block, at, q + at, std::min(chunk, count - at), first + segment, slots[segment], frame.scale, w);
-        }
-      });
-    }
+    if (!pack_segments(right, first, last, frame, slots) || !meet(right, slots, first, last, frame)) return false;
     first = last;
   }
   return true;
+}
+
+// Tasks are (run of segments, chunk of queries): few runs, since each packs the queries again, but tasks for every thread.
+// Chunks of a thread are packed together where there are several segments, so that each segment stays in cache for them.
+bool Search::meet(const Packed& right, const std::vector<int64_t>& slots, int64_t first, int64_t last,
+                  const Frame& frame) const {
+  const int64_t n = queries.count(), d = queries.width(), threads = at::get_num_threads();
+  const int64_t chunk = even_block(n, kernels.left_rows, kernels.left_panel, threads), chunks = (n + chunk - 1) / chunk;
+  const int64_t runs = chunks >= 2 * threads ? 1 : std::min(last - first, (4 * threads + chunks - 1) / chunks);
+  const int64_t step = (last - first + runs - 1) / runs;
+  const int64_t together = last - first == 1 ? 1 : std::clamp<int64_t>(kQueryBytes / (chunk * (2 * d + 64)), 1, chunks);
+  std::atomic<bool> fits{true};
+  at::parallel_for(0, chunks * runs, 1, [&](int64_t begin, int64_t end) {
+    Workspace w;
+    Packed left(kernels, Packed::Side::kLeft, chunk * together, d);
+    const Block block{kernels, left, right, queries, database, metric, query_inverse, database_inverse};
+    for (int64_t t = begin; t < end && fits;) {
+      const int64_t run = t / chunks, query = t % chunks * chunk, stop = std::min({t + together, end, (run + 1) * chunks});
+      const int64_t count = std::min((stop - t) * chunk, n - query);
+      if (!pack_queries(left, query, count, frame)) fits = false;
+      for (int64_t s = first + run * step; s < std::min(first + (run + 1) * step, last) && fits; ++s)
+        for (int64_t at = 0; at < count; at += chunk)
+          task(block, at, query + at, std::min(chunk, count - at), s, slots[s - first], frame.scale, w);
+      t = stop;
+    }
+  });
+  return fits;
 }
 
 void Search::task(const Block& block, int64_t left_slot, int64_t query, int64_t count, int64_t segment,

@@ -34,6 +34,7 @@ struct Search {
   int64_t segments() const { return static_cast<int64_t>(offsets.size()) - 1; }
   bool better(float a, float b) const { return metric == Metric::kL2 ? a < b : a > b; }
   bool attempt(const Frame& frame);
+  bool meet(const Packed& right, const std::vector<int64_t>& slots, int64_t first, int64_t last, const Frame& frame) const;
   bool pack_queries(Packed& left, int64_t first, int64_t count, const Frame& frame) const;
   bool pack_segments(Packed& right, int64_t first, int64_t last, const Frame& frame, std::vector<int64_t>& slots) const;
   void task(const Block& block, int64_t left_slot, int64_t query, int64_t count, int64_t segment, int64_t right_slot,

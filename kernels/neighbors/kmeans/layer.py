@@ -5,7 +5,7 @@ from torch import nn
 
 from planmill.kernels.common.checks import check_float, check_rank
 from planmill.kernels.neighbors.code_assignment import measure_codes
-from planmill.kernels.neighbors.kmeans.fit import fit_kmeans
+from planmill.kernels.neighbors.kmeans.op import fit_kmeans
 
 
 class KMeans(nn.Module):

@@ -131,6 +131,19 @@ void check(const ScreenKernels& k, int64_t rows, int64_t columns, int64_t d, int
       expect(std::find(found.begin(), found.begin() + count, c) != found.begin() + count, "candidates", d, variant);
       expect(std::find(listed.begin(), listed.begin() + more, c) != listed.begin() + more, "list_above", d, variant);
     }
+    std::vector<int32_t> nearest(ld);
+    std::vector<float> again(raw.begin() + r * ld, raw.begin() + (r + 1) * ld);
+    float threshold = -3e38f, rest;
+    const int64_t near = k.list_nearest(again.data(), ld, own, b.view(), &threshold, nearest.data(), &rest);
+    expect(threshold <= best, "the threshold of list_nearest", d, variant);
+    for (int64_t c = 0; c < columns; ++c) {
+      const bool here = std::find(nearest.begin(), nearest.begin() + near, c) != nearest.begin() + near;
+      expect(here || (value[c] < best && value[c] <= rest), "list_nearest", d, variant);
+    }
+    expect(near > 0 && near <= columns && nearest[near - 1] < columns, "the columns of list_nearest", d, variant);
+    float none = 3e38f;
+    again.assign(raw.begin() + r * ld, raw.begin() + (r + 1) * ld);
+    expect(k.list_nearest(again.data(), ld, own, b.view(), &none, nearest.data(), nullptr) == 0, "a threshold from elsewhere", d, variant);
     std::vector<float> groups(ld);
     const std::vector<float> fresh(raw.begin() + r * ld, raw.begin() + (r + 1) * ld);
     const int64_t count_of_groups = k.group_bounds(fresh.data(), ld, own, b.view(), true, groups.data());

@@ -7,7 +7,16 @@ import pytest
 import torch
 from sklearn.cluster import KMeans as SklearnKMeans
 
-from planmill.kernels.neighbors import KMeans, KMeansResult, assign_codes, fit_kmeans, measure_codes
+from planmill import kernels
+from planmill.kernels.neighbors import (
+    KMeans,
+    KMeansResult,
+    assign_codes,
+    fit_kmeans,
+    measure_codes,
+    minimize_by_segment,
+)
+from planmill.kernels.neighbors.kmeans import _triton as in_rounds
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -107,6 +116,42 @@ def test_lloyd_goes_the_way_of_scikit_learn(seed: int) -> None:
     np.testing.assert_array_equal(got.labels.numpy(), want.labels_)
     assert got.iterations == want.n_iter_
     assert got.inertia == pytest.approx(want.inertia_, rel=1e-5)
+
+
+def data(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ties, copies, rows far from the origin or of any size, and starts that no row is near."""
+    g = torch.Generator().manual_seed(seed)
+    n, d, clusters = (int(torch.randint(low, high, (1,), generator=g)) for low, high in ((1, 400), (1, 70), (1, 160)))
+    x, clusters = torch.randn(n, d, generator=g), min(n, clusters)
+    if seed % 7 == 0:
+        x = torch.randint(0, 3, (n, d), generator=g).float()
+    elif seed % 7 == 1:
+        x += 1000 * torch.randn(d, generator=g)
+    elif seed % 7 == 2:
+        x = x[torch.randint(0, max(n // 4, 1), (n,), generator=g)]
+    elif seed % 7 == 3:
+        x *= 10.0 ** (5 * seed % 70 - 37)
+    elif seed % 7 == 4:
+        x *= torch.exp(3 * torch.randn(n, 1, generator=g))
+    else:
+        x += 4 * torch.randn(9, d, generator=g)[torch.randint(9, (n,), generator=g)]
+    start = x[torch.randperm(n, generator=g)[:clusters]].clone()
+    if seed % 3 == 0:
+        start[-1] += 1000
+    return x, start
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("level", kernels.cpu_capabilities())
+def test_rows_left_out_change_nothing(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bounds, packed rows and partial sums against every row assigned in every round, bit for bit."""
+    monkeypatch.setattr(in_rounds.segmented_min, "launch", minimize_by_segment)
+    with kernels.cpu_capability(level):
+        for seed in range(42):
+            x, start = data(seed)
+            args = (x, start, 1 + seed % 12, 1e-3 * (seed % 2), seed % 4 < 2)
+            for got, want in zip(torch.ops.planmill.kmeans(*args), in_rounds.launch(*args), strict=True):
+                assert torch.equal(got, want), f"seed {seed}"
 
 
 def lloyd_keeping(x: np.ndarray, centers: np.ndarray, iterations: int) -> np.ndarray:

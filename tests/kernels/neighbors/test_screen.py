@@ -8,9 +8,10 @@ import pytest
 from planmill import kernels
 
 ROOT = Path(__file__).parents[3]
-LEVELS = ("baseline", "avx2", "avx512", "amx", "bytes_avx2", "bytes_avx512")
-NATIVE = [level for level in LEVELS if level.removeprefix("bytes_") in kernels.cpu_capabilities()]
-EMULATED = ["avx512", "amx", "bytes_avx512"]
+WITHOUT_TILES = ("baseline", "avx2", "avx512")
+LEVELS = (*WITHOUT_TILES, "amx", "bytes_avx2", "bytes_avx512", *(f"floats_{level}" for level in WITHOUT_TILES))
+NATIVE = [level for level in LEVELS if level.rpartition("_")[2] in kernels.cpu_capabilities()]
+EMULATED = ["avx512", "amx", "bytes_avx512", "floats_avx512"]
 
 
 @pytest.mark.parametrize(
@@ -22,7 +23,7 @@ def test_bounds_hold_and_no_best_row_is_missed(level: str, emulated: bool, tmp_p
     program = tmp_path / "check"
     command = ["g++", "-O2", "-std=c++20", "-fno-math-errno", f"-I{ROOT / 'csrc'}", f"-DKERNELS=screen_{level}"]
     command += ["-DPLANMILL_EMULATE"] * emulated
-    source = ROOT / "csrc" / "neighbors" / f"screen_{level.removeprefix('bytes_')}.cpp"
+    source = ROOT / "csrc" / "neighbors" / f"screen_{level.rpartition('_')[2]}.cpp"
     sources = [Path(__file__).with_name("screen_check.cpp"), source]
     subprocess.run([*command, *map(str, sources), "-o", str(program)], check=True)
     result = subprocess.run([str(program)], capture_output=True, text=True, check=False)

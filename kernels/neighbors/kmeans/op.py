@@ -1,40 +1,40 @@
-"""Lloyd's iteration: assignment by segmented_min, means in float64."""
+"""kmeans: schema, shape rule and the public function."""
 
 import torch
+from torch.compiler import is_compiling
 
-from planmill.kernels.common.checks import check_choice, check_float, check_rank
-from planmill.kernels.neighbors.code_assignment import measure_codes
+from planmill.kernels.common.checks import check_choice, check_float, check_int32_range, check_rank
+from planmill.kernels.common.registration import register
+from planmill.kernels.common.spec import OpSpec
+from planmill.kernels.neighbors.kmeans.cases import cases, compare
+from planmill.kernels.neighbors.kmeans.reference import kmeans_reference
 from planmill.kernels.neighbors.kmeans.result import KMeansResult
 from planmill.kernels.neighbors.kmeans.start import draw_rows, spread_rows
+
+SPEC = OpSpec(
+    schema=(
+        "kmeans(Tensor features, Tensor centers, int iterations, float least, bool relocate)"
+        " -> (Tensor, Tensor, Tensor, Tensor)"
+    ),
+    outputs=lambda features, centers, iterations, least, relocate: [
+        (tuple(centers.shape), torch.float32),
+        ((features.shape[0],), torch.float32),
+        ((features.shape[0],), torch.int32),
+        ((1,), torch.int32),
+    ],
+    reference=kmeans_reference,
+    no_portable="it fits centres, before there is a plan",
+    cases=cases,
+    compare=compare,
+    cpu="C++",
+    cuda="_triton:launch",
+    differentiable=False,
+)
+_op, _call = register(SPEC)
 
 OP = "kmeans"
 STARTS = {"k-means++": spread_rows, "random": draw_rows}
 POLICIES = ("relocate", "keep")
-ROWS_SUMMED = 16384  # rows widened to float64 at a time
-
-
-def sum_clusters(features: torch.Tensor, labels: torch.Tensor, clusters: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sums [K, D] and counts [K] of the rows of each cluster, float64."""
-    sums = torch.zeros(clusters, features.shape[1], dtype=torch.float64, device=features.device)
-    for first in range(0, features.shape[0], ROWS_SUMMED):
-        rows = slice(first, first + ROWS_SUMMED)
-        sums.index_add_(0, labels[rows], features[rows].double())
-    return sums, torch.bincount(labels, minlength=clusters).double()
-
-
-def relocate(
-    features: torch.Tensor, labels: torch.Tensor, distances: torch.Tensor, sums: torch.Tensor, counts: torch.Tensor
-) -> None:
-    """Give each empty cluster one row, those farthest from their centres first; the rows leave their clusters."""
-    empty = (counts == 0).nonzero()[:, 0]
-    if len(empty) == 0 or not bool(distances.amax() > 0):  # every row is a centre: nothing to gain
-        return
-    far = distances.argsort(descending=True, stable=True)[: len(empty)]
-    empty = empty[: len(far)]
-    rows = features[far].double()
-    sums.index_add_(0, labels[far], -rows)
-    counts.index_add_(0, labels[far], -torch.ones_like(distances[far], dtype=torch.float64))
-    sums[empty], counts[empty] = rows, 1.0
 
 
 def first_centers(features: torch.Tensor, clusters: int, start: str | torch.Tensor, seed: int) -> torch.Tensor:
@@ -64,7 +64,9 @@ def fit_kmeans(
 
     `labels_i = argmin_j |x_i - c_j|`, `c_j = mean of x_i with labels_i = j`, until no label changes, or the squared
     distance that all centres moved is at most `tolerance` times the mean variance of the channels. Distances are those
-    of float32 differences, means are sums in float64: data far from the origin loses nothing.
+    of float32 differences, means are sums in float64: data far from the origin loses nothing. On a CPU a row is left
+    out of a round where bounds prove that its label stays: the result is that of assigning every row in every round,
+    bit for bit, whatever the number of threads. On a GPU each round asks the device whether to go on.
 
     Args:
         features: [n, D], float32, bfloat16 or float16, any strides; read as float32.
@@ -97,23 +99,13 @@ def fit_kmeans(
         raise ValueError(
             f"{OP}: needs iterations of at least 1 and a tolerance from 0, got {iterations} and {tolerance}"
         )
+    check_int32_range(OP, "features", features.shape[0])
     x = features.float()
     if not bool(x.isfinite().all()):
         row = int(x.isfinite().all(1).int().argmin())
         raise ValueError(f"{OP}: features hold NaN or infinity in row {row}")
     centers = first_centers(x, clusters, start, seed)
     least = tolerance * float(x.var(0, correction=0).double().mean()) if tolerance > 0 else 0.0
-    before, settled = torch.full(x.shape[:1], -1, device=x.device), False
-    done = 0
-    while done < iterations and not settled:
-        distances, codes = measure_codes(x, centers)
-        labels = codes.long()
-        sums, counts = sum_clusters(x, labels, clusters)
-        if empty == "relocate":
-            relocate(x, labels, distances, sums, counts)
-        moved = torch.where(counts[:, None] > 0, sums / counts.clamp_min(1)[:, None], centers.double()).float()
-        shift = float((moved.double() - centers.double()).square().sum())
-        settled = shift <= least or torch.equal(labels, before)
-        centers, before, done = moved, labels, done + 1
-    distances, codes = measure_codes(x, centers)
-    return KMeansResult(centers, codes, float(distances.double().square().sum()), done)
+    found = (_op if is_compiling() else _call)(x, centers, iterations, least, empty == "relocate")
+    centers, distances, labels, rounds = found
+    return KMeansResult(centers, labels, float(distances.double().square().sum()), int(rounds))
