@@ -164,7 +164,7 @@ def capture(
         raise PlanError(f"output_names: the model has {len(found)} outputs, got {len(output_names)} names")
     inputs, outputs = _specs(program, names, list(output_names or found), dims)
     ranges = {d.name: d.range for by_dim in dims.values() for d in by_dim.values()}
-    return Captured(program, reference, inputs, outputs, ranges, examples, _custom_ops(program), layout)
+    return Captured(program, reference, inputs, outputs, ranges, examples, custom_ops(program), layout)
 
 
 def _named(model: torch.nn.Module, examples: Examples) -> tuple[list[str], list[torch.Tensor]]:
@@ -311,7 +311,7 @@ def _export(
             f"the model cannot be captured: a branch or a size depends on the values of a tensor "
             f"({first_line(error)}): use torch.where, torch.cond or torch._check"
         ) from error
-    except (RuntimeError, NotImplementedError, ValueError) as error:
+    except (RuntimeError, ValueError) as error:
         raise PlanError(f"the model cannot be captured: {type(error).__name__}: {first_line(error)}") from error
 
 
@@ -365,7 +365,7 @@ def _specs(
     )
 
 
-def _custom_ops(program: ExportedProgram) -> list[str]:
+def custom_ops(program: ExportedProgram) -> list[str]:
     return sorted({op._schema.name for op in custom_overloads(program)})
 
 

@@ -28,7 +28,7 @@ from planmill.engine.manifest import (
     Tolerance,
 )
 from planmill.engine.plan import Plan, check_destination, describe_payload, write_plan
-from planmill.engine.rewrites import DEFAULT
+from planmill.engine.rewrites import default_passes
 from planmill.engine.rewrites import rewrite as rewrite_program
 from planmill.engine.swap import accelerate as swap_blocks
 from planmill.engine.targets import Built, Device, Options, Plugins, Runner, Target, choose_device, find_target
@@ -100,7 +100,7 @@ def build(
     kept = _plain_json(metadata or {})
     progress("capture", 0.0)
     captured = _capture(model, accelerate, example_inputs, dynamic, precision, output_names)
-    captured = rewrite_program(captured, DEFAULT if rewrite is True else rewrite or ())
+    captured = rewrite_program(captured, default_passes(target, place) if rewrite is True else rewrite or ())
     with tempfile.TemporaryDirectory(prefix="planmill-") as folder:
         progress("compile", 0.0)
         built = module.compile_program(captured, Path(folder), options)

@@ -218,7 +218,7 @@ def _opened(path: Path, *, sealed: bool = True) -> Iterator[zipfile.ZipFile]:
             _check_seal(path, file, status.st_size)
         try:
             archive = zipfile.ZipFile(file)
-        except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError) as error:
+        except (zipfile.BadZipFile, RuntimeError, ValueError, OverflowError) as error:
             raise PlanError(f"{path}: not a plan: {error}") from error
         with archive:
             yield archive
@@ -273,7 +273,7 @@ def _read(path: Path, archive: zipfile.ZipFile, name: str, size: int, copy: Bina
     try:
         with archive.open(name) as member:
             return _digest(member, size, copy)
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, ValueError, OSError) as error:
+    except (zipfile.BadZipFile, EOFError, RuntimeError, ValueError, OSError) as error:
         raise PlanError(f"{path}: damaged: {name} cannot be read: {error}") from error
 
 

@@ -67,17 +67,16 @@ def _traced(spec: OpSpec, symbols: dict[str, str]) -> Callable[..., Any]:
     def decompose(*args: Any, **kwargs: Any) -> Any:
         every: list[Any] = [size for a in args if isinstance(a, torch.Tensor) for size in a.shape]
         sizes = [(size, str(size.node.expr)) for size in every if isinstance(size, torch.SymInt)]
+        cannot = f"op {NAMESPACE}::{spec.name} cannot become standard operators"
         try:
             with _SinglePrecision():
                 found = definition(*args, **kwargs)
-            for size, symbol in sizes:
-                if symbol in symbols and is_concrete_int(size):
-                    raise NotImplementedError(f"its definition fixes {symbols[symbol]} to one size")
-            return found
-        except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
-            raise PlanError(
-                f"op {NAMESPACE}::{spec.name} cannot become standard operators: {first_line(error)}: {_WAY_OUT}"
-            ) from error
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise PlanError(f"{cannot}: {first_line(error)}: {_WAY_OUT}") from error
+        for size, symbol in sizes:
+            if symbol in symbols and is_concrete_int(size):
+                raise PlanError(f"{cannot}: its definition fixes {symbols[symbol]} to one size: {_WAY_OUT}")
+        return found
 
     return decompose
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch.export import Dim
 
-from planmill.engine.capture import Captured, quiet_copies
+from planmill.engine.capture import Captured, custom_ops, quiet_copies
 from planmill.engine.errors import PlanError, first_line
 from planmill.engine.rewrites.graph import Program
 
@@ -23,10 +23,18 @@ PASSES = (
     "upsample_last",
     "one_upsample",
     "shared_convolution",
+    "winograd_convolution",
 )
 # Sharing a convolution reads the image once and costs a copy behind the split: on a CPU more than it saves.
-DEFAULT = tuple(name for name in PASSES if name != "shared_convolution")
+DEFAULT = tuple(name for name in PASSES if name not in ("shared_convolution", "winograd_convolution"))
+# Puts ops of ours for the CPU into the program, and hides what the others look for: it runs once, when they are done.
+_LAST = "winograd_convolution"
 _ROUNDS = 8
+
+
+def default_passes(target: str, device: str) -> tuple[str, ...]:
+    """The passes that a plan for `target` on `device` gets unless it is told otherwise."""
+    return (*DEFAULT, _LAST) if (target, device) == ("aoti", "cpu") else DEFAULT
 
 
 def rewrite(captured: Captured, passes: Sequence[str] = DEFAULT) -> Captured:
@@ -48,14 +56,17 @@ def rewrite(captured: Captured, passes: Sequence[str] = DEFAULT) -> Captured:
     program = Program(_editable(captured), captured.reference)
     fired: list[str] = []
     for _ in range(_ROUNDS):
-        again = [name for name in PASSES if name in passes and _apply(name, program)]
+        again = [name for name in PASSES if name in passes and name != _LAST and _apply(name, program)]
         fired += [name for name in again if name not in fired]
         if not again:
             break
+    if _LAST in passes and _apply(_LAST, program):
+        fired.append(_LAST)
     if not fired:
         return captured
     program.module.recompile()
-    return replace(captured, program=_exported(captured, program), rewrites=fired)
+    exported = _exported(captured, program)
+    return replace(captured, program=exported, ops=custom_ops(exported), rewrites=fired)
 
 
 def _apply(name: str, program: Program) -> int:

@@ -220,7 +220,5 @@ def test_an_op_without_a_portable_form_is_named() -> None:
     spec = kernels.ops()["coreset"]
     captured = captured_calls([spec], dynamic=False)
     without = replace(spec, portable=None, no_portable="a test says so")
-    with pytest.raises(
-        PlanError, match=r"op planmill::coreset has no form without plugins: a test .*python"
-    ):
+    with pytest.raises(PlanError, match=r"op planmill::coreset has no form without plugins: a test .*python"):
         lower(captured, [without])

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from planmill.engine import DynamicDim, PlanError, Session, build, capture
-from planmill.engine.rewrites import DEFAULT, PASSES, rewrite
+from planmill.engine.rewrites import DEFAULT, PASSES, default_passes, rewrite
 
 SMALL = DynamicDim("batch", 1, 3, 4)
 MEAN, STD = torch.tensor([0.5, 0.45, 0.4]).view(3, 1, 1), torch.tensor([0.23, 0.22, 0.24]).view(3, 1, 1)
@@ -152,6 +152,16 @@ FIRES = {
         ["upsample_last"],
         lambda: of_images(lambda m, x: m.c(up(x, (24, 24), "nearest")), (8, 12, 12), c=conv(8, 4, 1)),
     ),
+    "winograd-behind-a-norm": (
+        ["affine_into_output", "winograd_convolution"],
+        lambda: of_images(
+            lambda m, x: m.d(F.relu(m.n(m.c(x)))),
+            (32, 16, 13),
+            c=conv(32, 40, 3, padding=1, bias=False),
+            n=nn.BatchNorm2d(40),
+            d=conv(40, 33, 4, padding=2),
+        ),
+    ),
     "view-behind-it": (
         ["upsample_last"],
         lambda: of_images(lambda m, x: m.c(up(x, (24, 24))).view(x.shape[0], -1), (8, 12, 12), c=conv(8, 4, 1)),
@@ -218,6 +228,18 @@ def twice(layer: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> tup
 
 
 ALONE = {
+    "convolutions-that-winograd-is-not-for": lambda: of_images(
+        lambda m, x: (m.a(x), m.b(x), m.c(x), m.d(x), m.e(x[:, :31]), m.f(x), m.g(x[:, :, :8]), m.h(x[0])),
+        (32, 16, 16),
+        a=conv(32, 32, 3, stride=2),
+        b=conv(32, 32, 3, dilation=2),
+        c=conv(32, 32, 3, groups=2),
+        d=conv(32, 32, (3, 2)),
+        e=conv(31, 32, 3),
+        f=conv(32, 32, 3, padding=(1, 0)),
+        g=conv(32, 32, 3),
+        h=conv(32, 32, 3),
+    ),
     "zeros-around-a-normalized-image": lambda: of_images(
         lambda m, x: m.c(normalized(x) - 1), c=conv(3, 4, 3, padding=1)
     ),
@@ -316,7 +338,9 @@ def test_passes_by_name() -> None:
     captured = capture(model, x, dynamic=SMALL)
     assert rewrite(captured, ["linear_into_linear"]).rewrites == ["linear_into_linear"]
     assert rewrite(captured, []) is captured
-    assert set(PASSES) - set(DEFAULT) == {"shared_convolution"}
+    assert set(PASSES) - set(DEFAULT) == {"shared_convolution", "winograd_convolution"}
+    assert set(PASSES) - set(default_passes("aoti", "cpu")) == {"shared_convolution"}
+    assert default_passes("openvino", "cpu") == default_passes("aoti", "cuda") == DEFAULT
     with pytest.raises(PlanError, match=f"no rewrite named 'fold'; there are {PASSES[0]}, "):
         rewrite(captured, ["fold"])
 
@@ -344,7 +368,7 @@ def test_a_plan_names_its_rewrites_and_its_receipt_proves_them(tmp_path: Path) -
         std=torch.rand(8, 1, 1) + 0.5,
     )
     plan = build(model, x, tmp_path / "a.plan", dynamic=SMALL, rewrite=PASSES)
-    assert sorted(plan.manifest.rewrites) == sorted(PASSES)
+    assert sorted(plan.manifest.rewrites) == sorted(set(PASSES) - {"winograd_convolution"})
     assert max(output.max_rel for output in plan.manifest.receipt.outputs) < 1e-5
     with torch.no_grad(), Session(plan.path) as session:
         outputs = session.run(x[:2]).values()

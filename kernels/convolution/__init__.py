@@ -1,0 +1,12 @@
+"""Convolutions by fewer multiplications."""
+
+from typing import TYPE_CHECKING, Any
+
+from planmill.kernels.common.discovery import export_ops
+
+if TYPE_CHECKING:  # the names come from the op folders below, which a type checker does not follow
+
+    def __getattr__(name: str) -> Any: ...
+
+
+__all__ = export_ops(__name__, globals())
