@@ -56,7 +56,7 @@ def substitute_launches(captured: Captured) -> tuple[Captured, dict[str, int]]:
         return captured, {}
     table = {op: _traced(REGISTRY[op._opname], choices) for op in ours}
     try:
-        with quiet_copies(), torch.no_grad():
+        with quiet_copies(), torch.no_grad(), exact_writes():
             program = captured.program.run_decompositions(table)
     except PlanError as error:
         raise PlanError(first_line(error)) from error  # torch appends where in the graph it was
@@ -67,6 +67,33 @@ def substitute_launches(captured: Captured) -> tuple[Captured, dict[str, int]]:
         _must_write_apart(node)
     launched = Counter(_kernel(node) for node in launches(program))
     return replace(captured, program=program), dict(sorted(launched.items()))
+
+
+@contextlib.contextmanager
+def exact_writes() -> Iterator[None]:
+    """What torch reads from a kernel, read from it with its functions inlined.
+
+    torch 2.13 follows the address of a store back through a call to everything that the function was given: a kernel
+    that stores where a helper's result says would seem to write its inputs, and weights would be copied at each call.
+    """
+    from torch._higher_order_ops import triton_kernel_wrap
+    from triton._C.libtriton import ir, passes
+
+    module: Any = triton_kernel_wrap
+    original = module.generate_ttir
+
+    def instead(*args: Any) -> Any:
+        made, names = original(*args)
+        manager = ir.pass_manager(made.context)
+        passes.common.add_inliner(manager)
+        manager.run(made, "inline")
+        return made, names
+
+    module.generate_ttir = instead
+    try:
+        yield
+    finally:
+        module.generate_ttir = original
 
 
 def launches(program: torch.export.ExportedProgram) -> list[torch.fx.Node]:
@@ -106,9 +133,9 @@ class _Choices:
         """
         symbols = sorted(choice.free_symbols, key=str)
         if not all(str(symbol) in self.names for symbol in symbols):
-            raise _NotTraced(f"its launcher chooses by values ({choice})")
+            raise _NotTraced(f"its launcher chooses by values ({_short(choice)})")
         dims = [self.names[str(symbol)] for symbol in symbols]
-        shown = choice.xreplace({s: sympy.Symbol(name) for s, name in zip(symbols, dims, strict=True)})
+        shown = _short(choice.xreplace({s: sympy.Symbol(name) for s, name in zip(symbols, dims, strict=True)}))
         sizes = [range(self.ranges[name].minimum, self.ranges[name].maximum + 1) for name in dims]
         narrower = f"narrow the range of {' and '.join(dims)}, or fix all sizes (dynamic=None, --static)"
         if math.prod(map(len, sizes)) > _MOST_SIZES:
@@ -118,6 +145,11 @@ class _Choices:
             if choice.xreplace(at) != sympy.true:
                 where = ", ".join(f"{name} {value}" for name, value in zip(dims, values, strict=True))
                 raise _NotTraced(f"its launcher chooses by size ({shown}; otherwise at {where}): {narrower}")
+
+
+def _short(choice: Any) -> str:
+    text = str(choice)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _traced(spec: OpSpec, choices: _Choices) -> Callable[..., Any]:

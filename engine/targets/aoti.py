@@ -13,6 +13,7 @@ import contextlib
 import copy
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from planmill.engine.errors import PlanError, first_line
 from planmill.engine.graphs import Device, Graph, Graphs
 from planmill.engine.manifest import Manifest
 from planmill.engine.portable import lower
-from planmill.engine.substitution import substitute_launches
+from planmill.engine.substitution import exact_writes, substitute_launches
 from planmill.engine.targets import Built, Options, Runner
 from planmill.kernels.common.cpu import extension
 from planmill.kernels.common.spec import NAMESPACE, REGISTRY
@@ -66,7 +67,7 @@ def compile_program(captured: Captured, folder: Path, options: Options) -> Built
     _check_schemas(captured)
     path = folder / _PAYLOAD
     try:
-        with torch.no_grad(), _stdout_to_stderr(), quiet_copies():
+        with torch.no_grad(), _stdout_to_stderr(), quiet_copies(), exact_writes() if kernels else nullcontext():
             torch._inductor.aoti_compile_and_package(
                 captured.program, package_path=str(path), inductor_configs=_settings(captured, options)
             )

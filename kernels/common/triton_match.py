@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 import triton
 
+from planmill.kernels.common.sizes import slabs, tuned_for
 from planmill.kernels.common.triton_checks import PRODUCT_TARGETS, StaticKernel
 from planmill.kernels.common.triton_screen import BLOCK_K, Encoded, Frame, as_images, choose_frame, encode
 from planmill.kernels.common.triton_search import search_kernel, settle_kernel
@@ -108,7 +109,9 @@ def match_segments(
     patches = rows.shape[1]
     row_tiles = triton.cdiv(patches, BLOCK_M)
     # Without a radius and with few programs, the columns are split too; a symmetric search has enough pairs.
-    splits = 1 if match.symmetric else min(32, max(1, 2 * processors(rows) // max(1, match.pairs * row_tiles)))
+    splits = (
+        1 if match.symmetric else min(32, max(1, 2 * processors(rows) // max(1, tuned_for(match.pairs * row_tiles))))
+    )
     slots = splits + row_tiles * match.symmetric
     run = max(1, WORKSPACE_BYTES // (slots * patches * (12 if match.exact else 4)))
     run = min(run, match.pairs)
@@ -116,8 +119,7 @@ def match_segments(
     second = torch.empty_like(best) if match.exact else best
     where = torch.empty(best.shape, dtype=torch.int32, device=rows.device) if match.exact else best
     scratch = (best, where, second)
-    for first in range(0, match.pairs, run):
-        count = min(run, match.pairs - first)
+    for first, count in slabs(match.pairs, run):
         if match.symmetric and match.radius2 >= 0:  # tiles out of the band are not visited
             best.fill_(torch.inf)
         _search(match, x, y, scratch, first, count, splits)

@@ -86,15 +86,18 @@ def interpreted() -> Iterator[list[Any]]:
 
 
 def captured_at_any_batch(spec: OpSpec, args: tuple) -> Captured:
-    """The op with its first dimension dynamic where the op allows it: of all tensors that share it, or of the first."""
+    """The op with its first dimension dynamic where it can be: of as many tensors that share it as the op takes so."""
     tensors = [a for a in args if isinstance(a, torch.Tensor)]
     size = tensors[0].shape[0]
     batch = {0: DynamicDim("batch", 1, max(size, 2), 16)}
     together = [i for i, t in enumerate(tensors) if t.dim() and t.shape[0] == size]
-    for chosen in (together, [0]) if size > 1 else ():
+    for count in range(len(together), 0, -1) if size > 1 else ():
+        chosen = together[:count]
+        larger = iter(resized(t, {0: size + 1}) if i in chosen else t for i, t in enumerate(tensors))
         try:
+            spec.reference(*(next(larger) if isinstance(a, torch.Tensor) else a for a in args))
             return capture(Calls(spec, args).eval(), tensors, dynamic={f"input_{i}": batch for i in chosen})
-        except PlanError:
+        except (RuntimeError, IndexError, ValueError):  # of what a size is, the op may say so, or the capture
             continue
     return capture(Calls(spec, args).eval(), tensors, dynamic=None)
 

@@ -143,7 +143,7 @@ class Routed(nn.Module):
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         x = torch.nn.functional.gelu(self.body(x))
-        return route_tokens(score_experts(x, self.weight), 2).weights, covariance_moments(x[:, None] + x).covariance
+        return route_tokens(score_experts(x, self.weight), 2)[0], covariance_moments(x[:, None] + x).covariance
 
 
 @pytest.mark.gpu

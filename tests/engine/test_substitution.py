@@ -15,14 +15,16 @@ import pytest
 
 from planmill import kernels
 
-FEW = ["expert_mixture", "mahalanobis", "segmented_min", "slot_weights"]
+FEW = ["expert_mixture", "mutual_matching", "segmented_min", "slot_weights"]
 
 
-def follow(names: list[str]) -> dict[str, dict[str, Any]]:
+def run(script: str, *arguments: str) -> dict[str, dict[str, Any]]:
+    """The facts of each op, from a process that can compile kernels."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    script = Path(__file__).with_name("follow_launches.py")
-    run = [sys.executable, "-P", "-W", "ignore", str(script), *names]
-    done = subprocess.run(run, env=environment, capture_output=True, text=True, check=False)
+    here = Path(__file__).parent
+    command = [sys.executable, "-P", "-W", "ignore", str(here / script), *arguments]
+    environment["PYTHONPATH"] = str(here)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "assuming every input is mutated" not in done.stderr, done.stderr
     return {fact["op"]: fact for fact in map(json.loads, done.stdout.splitlines())}
@@ -35,7 +37,7 @@ def check(facts: dict[str, Any]) -> None:
 
 
 def test_a_program_launches_what_the_launchers_do() -> None:
-    facts = follow(FEW)
+    facts = run("follow_launches.py", *FEW)
     for name in ("segmented_min", "slot_weights"):
         assert facts[name]["dynamic"]
         check(facts[name])
@@ -46,13 +48,20 @@ def test_a_program_launches_what_the_launchers_do() -> None:
         "op planmill::expert_mixture cannot be inside the plan: sort_experts is CUDA C++ (csrc/cu"
     )
     assert "\n" not in refused
-    refused = facts["mahalanobis"]["refused"]
-    assert "its launcher chooses by size (batch <= 4; otherwise at batch 5): narrow the range of batch" in refused
+    refused = facts["mutual_matching"]["refused"]
+    assert "its launcher chooses by size (Eq(batch, 2); otherwise at batch 1): narrow the range of batch" in refused
+
+
+def test_a_package_holds_the_kernels(tmp_path: Path) -> None:
+    facts = run("compile_launches.py", str(tmp_path), "slot_weights")["slot_weights"]
+    assert facts["kernels"] == {"column_kernel": 1, "row_kernel": 1}
+    assert facts["binaries"] == 2
+    assert not facts["called"]
 
 
 @pytest.mark.slow
 def test_every_op_stands_as_its_launches_or_is_refused() -> None:
-    facts = follow(sorted(kernels.ops()))
+    facts = run("follow_launches.py", *sorted(kernels.ops()))
     assert facts.keys() == kernels.ops().keys()
     for name, fact in facts.items():
         if fact["refused"]:
@@ -60,3 +69,9 @@ def test_every_op_stands_as_its_launches_or_is_refused() -> None:
         else:
             check(fact)
     assert sum(not fact["refused"] for fact in facts.values()) >= 20
+
+
+@pytest.mark.slow
+def test_every_op_that_can_is_in_its_package(tmp_path: Path) -> None:
+    for fact in run("compile_launches.py", str(tmp_path), *sorted(kernels.ops())).values():
+        assert fact["refused"] or (fact["binaries"] >= len(fact["kernels"]) and not fact["called"])

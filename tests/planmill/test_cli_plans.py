@@ -148,6 +148,7 @@ BUILD_MISTAKES = [
     (["vit_enormous_patch9"], "timm has no model named 'vit_enormous_patch9'"),
     (["resnet18"], "give its weights (--weights FILE), or allow random ones (--random-weights)"),
     (["{f}/model.py:Model", "--target", "onnx"], "no target named 'onnx'; there is aoti, tensorrt-rtx, tensorrt"),
+    (["{f}/model.py:Model", "--device", "tpu"], "target aoti builds plans for cpu and cuda, got device 'tpu'"),
     (["{f}/model.py:Model", "--precision", "int8"], "precision must be fp32, bf16 or fp16, got 'int8'"),
     (["{f}/model.py:Model", "--sm", "80,9x"], "--sm must be a list of GPU architectures"),
     (["{f}/model.py:Model", "--plugins", "all"], "--plugins must be python, aot, none, got 'all'"),

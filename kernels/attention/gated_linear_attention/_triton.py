@@ -95,7 +95,7 @@ def gated_linear_attention_kernel(
     stride_qb, stride_qn, stride_qh, stride_qc, stride_kb, stride_kn, stride_kh, stride_kc,
     stride_vb, stride_vn, stride_vh, stride_vc, stride_gb, stride_gn, stride_gh, stride_gc,
     stride_bb, stride_bn, stride_bh, stride_bc,
-    BOTH: tl.constexpr, INITIAL: tl.constexpr, FINAL: tl.constexpr, PRECISION: tl.constexpr,
+    BOTH: tl.constexpr, INITIAL: tl.constexpr, FINAL: tl.constexpr, PARTIAL: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_V value channels of one head of one sample, all tokens, one direction or both."""
@@ -109,7 +109,10 @@ def gated_linear_attention_kernel(
     p_backward = backward_ptr + b * stride_bb + h * stride_bh
     out_n = heads.to(tl.int64) * values
     o_unit = b * tokens * out_n + h * values
-    p_partial, p_out = partial_ptr + o_unit, out_ptr + o_unit
+    p_out = out_ptr + o_unit
+    p_partial = p_out
+    if PARTIAL:  # one tensor is not passed twice to be written: a plan could not tell which is the result
+        p_partial = partial_ptr + o_unit
     p_initial, p_state = initial_ptr + unit * keys * values, state_ptr + unit * keys * values
     blocks = tl.cdiv(keys, BLOCK_K)
     for block in range(blocks):
@@ -153,7 +156,8 @@ def launch(
             q, k, v, log_gates, backward, initial_state.contiguous(), partial, out, state,
             tokens, heads, keys, values, scale / 2 if both else scale,
             *q.stride(), *k.stride(), *v.stride(), *log_gates.stride(), *backward.stride(),
-            BOTH=both, INITIAL=initial_state.numel() > 0, FINAL=return_state, PRECISION="ieee" if exact else "tf32",
+            BOTH=both, INITIAL=initial_state.numel() > 0, FINAL=return_state, PARTIAL=partial is not out,
+            PRECISION="ieee" if exact else "tf32",
             BLOCK_K=block_k, BLOCK_V=block_v, num_warps=8,
         )  # fmt: skip
     return out, state
@@ -165,7 +169,7 @@ def _static() -> list[StaticKernel]:
         half = dtype != "*fp32"
         constants = {
             **{f"stride_{tensor}c": 1 for tensor in "qkvgb"}, "BOTH": both, "INITIAL": not both, "FINAL": not both,
-            "PRECISION": "tf32" if half else "ieee", "BLOCK_K": keys, "BLOCK_V": MOST_VALUES,
+            "PARTIAL": half and both, "PRECISION": "tf32" if half else "ieee", "BLOCK_K": keys, "BLOCK_V": MOST_VALUES,
         }  # fmt: skip
         pointers = {f"{name}_ptr": dtype for name in ("q", "k", "v", "gates", "backward", "out")}
         kernel = gated_linear_attention_kernel

@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from planmill.kernels.common.sizes import tuned_for
 from planmill.kernels.common.triton_checks import StaticKernel
 
 BLOCK_I, BLOCK_J = 64, 16  # 64 rows of the triangle fill the rows of a tensor-core product on sm_90
@@ -53,7 +54,7 @@ def launch(x: torch.Tensor, mean: torch.Tensor, factor: torch.Tensor) -> torch.T
     if x.numel() == 0:
         return out
     mean, factor = mean.contiguous(), factor.contiguous()
-    block = 1 if batch <= FEW else TOGETHER
+    block = 1 if tuned_for(batch) <= FEW else TOGETHER
     groups = triton.cdiv(batch, block)
     with torch.cuda.device_of(x):
         distance_kernel[(positions * groups,)](

@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from planmill.kernels.common.sizes import slabs
 from planmill.kernels.common.triton_checks import PRODUCT_TARGETS, StaticKernel
 from planmill.kernels.common.triton_screen import BLOCK_K, Frame, choose_frame, encode, tile_products
 from planmill.kernels.neighbors.dictionary_lookup.reference import POWERS
@@ -160,9 +161,8 @@ def launch(
         count = torch.empty(rows, dtype=torch.int32, device=device)
         top, tau = (torch.empty(rows, dtype=torch.float32, device=device) for _ in range(2))
         tiles, blocks = triton.cdiv(atoms, BLOCK_N), triton.cdiv(width, BLOCK_D)
-        for first in range(0, n, rows):
-            q = encode(queries, origin, split=split, norms=False, first=first, rows=min(rows, n - first))
-            some = q.hi.shape[0]
+        for first, some in slabs(n, rows):
+            q = encode(queries, origin, split=split, norms=False, first=first, rows=some)
             score_kernel[(triton.cdiv(some, BLOCK_M) * tiles,)](
                 q.hi, q.lo, q.half_norm, x.hi, x.lo, x.half_norm, x.descale, scores, some, atoms, tiles, q.k_tiles,
                 SPLIT=split, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K[split],

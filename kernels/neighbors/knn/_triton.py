@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 import triton
 
+from planmill.kernels.common.sizes import slabs, tuned_for
 from planmill.kernels.common.triton_checks import PRODUCT_TARGETS, StaticKernel
 from planmill.kernels.common.triton_match import processors
 from planmill.kernels.common.triton_screen import BLOCK_K, Encoded, Frame, choose_frame, encode
@@ -63,8 +64,8 @@ def plan_search(queries: torch.Tensor, database: torch.Tensor, k: int, split: bo
     slab = SLAB_BYTES // (encoded + 4 * groups + 28 * slots)
     slab = min(n, max(BLOCK_M, slab // BLOCK_M * BLOCK_M))
     chunk = min(m, max(1024, DATABASE_BYTES // encoded // 1024 * 1024))
-    splits = min(triton.cdiv(chunk, BLOCK_N), max(1, 2 * processors(queries) // triton.cdiv(slab, BLOCK_M)))
-    programs = min(slab, 2 * processors(queries), max(1, SCRATCH_BYTES // (4 * m)))
+    splits = min(triton.cdiv(chunk, BLOCK_N), max(1, 2 * processors(queries) // triton.cdiv(tuned_for(slab), BLOCK_M)))
+    programs = min(tuned_for(slab), 2 * processors(queries), max(1, SCRATCH_BYTES // (4 * m)))
     return Plan(group, groups, slots, slab, chunk, splits, programs)
 
 
@@ -164,8 +165,8 @@ def launch(
         if not plan.group and plan.chunk < m:  # the bounds of every chunk are needed before the first is filtered
             for first in range(0, m, plan.chunk):
                 bank.chunk(first)
-        for first in range(0, n, plan.slab):
-            q = encode(queries, frame, first=first, rows=min(plan.slab, n - first), **options)
+        for first, rows in slabs(n, plan.slab):
+            q = encode(queries, frame, first=first, rows=rows, **options)
             count, slot = _candidates(bank, q, first, k, exclude_self, exact)
             keys = _evaluate(queries, bank, q, first, count, slot, scratch, k, metric, exclude_self)
             stop = first + q.hi.shape[0]

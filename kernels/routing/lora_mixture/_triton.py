@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from planmill.kernels.common.sizes import tuned_for
 from planmill.kernels.common.triton_checks import PRODUCT_TARGETS, StaticKernel
 
 GROUP = 8  # blocks of rows between which the block changes fastest: they share the weight's columns
@@ -78,11 +79,11 @@ def launch(
         return out
     rows = x.reshape(batch * tokens, channels)
     down, up, omega, bias = (t.contiguous() for t in (down, up, omega, bias))
-    constants, options = choose_tile(x.dtype, len(rows), adapters * rank)
-    blocks = triton.cdiv(len(rows), constants["BLOCK_M"]) * triton.cdiv(outputs, constants["BLOCK_O"])
+    constants, options = choose_tile(x.dtype, tuned_for(batch * tokens), adapters * rank)
+    blocks = triton.cdiv(batch * tokens, constants["BLOCK_M"]) * triton.cdiv(outputs, constants["BLOCK_O"])
     with torch.cuda.device_of(x):
         mixture_kernel[(blocks,)](
-            rows, weight, bias, down, up, omega, out, scale, len(rows), tokens, outputs, channels, adapters,
+            rows, weight, bias, down, up, omega, out, scale, batch * tokens, tokens, outputs, channels, adapters,
             max(rank, 1), adapters * rank, *rows.stride(), *weight.stride(), BIAS=bias.numel() > 0,
             EVEN_K=channels % constants["BLOCK_K"] == 0, **constants, **options,
         )  # fmt: skip

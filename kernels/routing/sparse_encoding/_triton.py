@@ -14,6 +14,7 @@ slabs of four launches. Nothing waits for the device: a call can be captured in 
 import torch
 import triton
 
+from planmill.kernels.common.sizes import slabs, tuned_for
 from planmill.kernels.common.triton_checks import StaticKernel
 from planmill.kernels.common.triton_match import processors
 from planmill.kernels.routing.sparse_encoding._triton_kernels import (
@@ -46,15 +47,15 @@ def launch(
         slab = min(tokens, max(BLOCK_T, SLAB_BYTES // (8 * (groups + width + 1)) // BLOCK_T * BLOCK_T))
         table, slot = (torch.empty(slab, n, dtype=torch.int64, device=device) for n in (groups, width))
         bound = torch.empty(slab, dtype=torch.int64, device=device)
-        active, known, stored = torch.zeros(3, tokens, dtype=torch.int32, device=device)
+        state = torch.zeros(3, tokens, dtype=torch.int32, device=device)
+        active, known, stored = state[0], state[1], state[2]
         given = (x, weight, bias.contiguous(), threshold.contiguous())
         strides = (*x.stride(), *weight.stride())
         options = {"MODE": MODES[mode], "HAS_BIAS": bias.shape[0] > 0, "BLOCK_T": BLOCK_T, "BLOCK_N": BLOCK_N,
                    "BLOCK_D": BLOCK_D, "num_warps": NUM_WARPS, "num_stages": NUM_STAGES}  # fmt: skip
-        for first in range(0, tokens, slab):
-            rows = min(slab, tokens - first)
+        for first, rows in slabs(tokens, slab):
             row_tiles = triton.cdiv(rows, BLOCK_T)
-            splits = min(triton.cdiv(latents, BLOCK_N), max(1, 4 * processors(x) // row_tiles))
+            splits = min(triton.cdiv(latents, BLOCK_N), max(1, 4 * processors(x) // tuned_for(row_tiles)))
             grid = (row_tiles * splits,)
             group_kernel[grid](
                 *given, table, active, known, first, rows, latents, channels, groups, splits, *strides, GROUP=GROUP,

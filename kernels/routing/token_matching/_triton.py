@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from planmill.kernels.common.sizes import tuned_for
 from planmill.kernels.common.triton_checks import PRODUCT_TARGETS, StaticKernel
 from planmill.kernels.common.triton_match import processors
 from planmill.kernels.common.triton_screen import BLOCK_K, load_row_tile, power_of_two, tile_products
@@ -133,7 +134,7 @@ def launch(metric: torch.Tensor, src: torch.Tensor, dst: torch.Tensor) -> tuple[
     lo = torch.empty_like(hi) if split else hi
     inverse = torch.empty(batch * listed, dtype=torch.float32, device=device)
     tiles, blocks = triton.cdiv(sources, BLOCK_M), triton.cdiv(sources, SETTLE_ROWS)
-    splits = min(16, triton.cdiv(destinations, BLOCK_N), max(1, 2 * processors(metric) // (batch * tiles)))
+    splits = min(16, triton.cdiv(destinations, BLOCK_N), max(1, 2 * processors(metric) // tuned_for(batch * tiles)))
     best = torch.empty(batch * splits * sources, dtype=torch.float32, device=device)
     where = torch.empty(batch * splits * sources, dtype=torch.int32, device=device)
     with torch.cuda.device_of(metric):

@@ -17,14 +17,13 @@ from planmill.kernels.common.triton_checks import StaticKernel
 ROUTE_ELEMENTS, ROUTE_WARPS = 2048, 8  # of a block of at most 32 rows of logits; four warps spill on sm_90
 CAPACITY_ELEMENTS = 8192  # of a block of assignments x experts
 SOFTMAX, SIGMOID, TOPK_FIRST = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-NOTHING = tl.constexpr(float("-inf"))
 BEYOND = tl.constexpr(1 << 30)  # larger than any index
 
 
 @triton.jit
 def exponentials(x, largest):
     """e^(x - largest); 1 where both are +inf, 0 where x is -inf."""
-    return tl.where(x == float("inf"), 1.0, tl.where(x == NOTHING, 0.0, tl.exp(x - largest)))
+    return tl.where(x == float("inf"), 1.0, tl.where(x == float("-inf"), 0.0, tl.exp(x - largest)))
 
 
 @triton.jit
@@ -40,18 +39,18 @@ def shut_groups(q, real, m_g, top_groups, ZERO: tl.constexpr, ROWS: tl.constexpr
     o_s = tl.arange(0, S)[None, None, :]
     first = tl.max(q3, 2)
     where_first = tl.min(tl.where(q3 == first[:, :, None], o_s, S), 2)
-    second = tl.max(tl.where(o_s == where_first[:, :, None], NOTHING, q3), 2)
-    count = tl.where(second == NOTHING, first, first + second)
+    second = tl.max(tl.where(o_s == where_first[:, :, None], float("-inf"), q3), 2)
+    count = tl.where(second == float("-inf"), first, first + second)
     o_g = tl.arange(0, G)[None, :]
     left = tl.broadcast_to(m_g[None, :], (ROWS, G)).to(tl.int32)
     for _ in range(top_groups):
-        best = tl.max(tl.where(left > 0, count, NOTHING), 1)
+        best = tl.max(tl.where(left > 0, count, float("-inf")), 1)
         lowest = tl.min(tl.where((left > 0) & (count == best[:, None]), o_g, G), 1)
         left = tl.where(o_g == lowest[:, None], 0, left)
     shut = tl.reshape(tl.broadcast_to(left[:, :, None], (ROWS, G, S)), (ROWS, G * S)) > 0
     if ZERO:
-        return tl.where(shut & real & (q != NOTHING), 0.0, q)
-    return tl.where(shut, NOTHING, q)
+        return tl.where(shut & real & (q != float("-inf")), 0.0, q)
+    return tl.where(shut, float("-inf"), q)
 
 
 @triton.jit
@@ -90,7 +89,7 @@ def route_kernel(
     p_logits = logits_ptr + o_t.to(tl.int64)[:, None] * stride_t + o_e.to(tl.int64)[None, :] * stride_e
     x = tl.load(p_logits, mask=real, other=0.0).to(tl.float32)
     seen = tl.max(tl.where(real & (x == x), 1, 0), 1) > 0
-    x = tl.where(real & (x == x), x, NOTHING)
+    x = tl.where(real & (x == x), x, float("-inf"))
     largest = tl.max(x, 1)[:, None]
     total = largest
     q = x
@@ -103,21 +102,21 @@ def route_kernel(
         q = 1.0 / (1.0 + tl.exp(-x))
     if BIAS:
         q += tl.load(bias_ptr + o_e, mask=m_e, other=0.0)[None, :]
-    q = tl.where((x == NOTHING) | (q != q), NOTHING, q)
+    q = tl.where((x == float("-inf")) | (q != q), float("-inf"), q)
     if G > 1:
         q = shut_groups(q, real, tl.arange(0, G) < groups, top_groups, ZERO, ROWS, G, S)
     left = tl.broadcast_to(m_e[None, :], (ROWS, G * S))
     o_k = tl.arange(0, K)[None, :]
     index = tl.zeros((ROWS, K), tl.int32)
-    chosen = tl.full((ROWS, K), NOTHING, tl.float32)
+    chosen = tl.full((ROWS, K), float("-inf"), tl.float32)
     for j in range(k):
-        best = tl.max(tl.where(left, q, NOTHING), 1)[:, None]
+        best = tl.max(tl.where(left, q, float("-inf")), 1)[:, None]
         lowest = tl.min(tl.where(left & (q == best), o_e[None, :], BEYOND), 1)[:, None]
         taken = o_e[None, :] == lowest
-        value = tl.max(tl.where(taken & left, x, NOTHING), 1)[:, None]
+        value = tl.max(tl.where(taken & left, x, float("-inf")), 1)[:, None]
         left = left & (o_e[None, :] != lowest)
         index = tl.where(o_k == j, lowest, index)
-        chosen = tl.where(o_k == j, tl.where(best == NOTHING, NOTHING, value), chosen)
+        chosen = tl.where(o_k == j, tl.where(best == float("-inf"), float("-inf"), value), chosen)
     a = weigh(chosen, largest, total, eps, MODE, RENORMALIZE, EPS) * scale
     a = tl.where(seen[:, None], a, float("nan"))
     mask = (o_t < tokens)[:, None] & (o_k < k)
