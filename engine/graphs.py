@@ -1,7 +1,8 @@
 """CUDA graphs for a payload on a GPU: captured at the second call with the same input shapes, replayed from then on."""
 
+import contextlib
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,17 @@ class Device:
     """What a runner asks of the machine; the tests put the CPU in its place."""
 
     device: torch.device = field(default_factory=lambda: torch.device("cuda", torch.cuda.current_device()))
+    last: Any = None  # the stream of the call before
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """A call's turn: on this device whatever the thread's is, and after what the call before put on its stream."""
+        with torch.cuda.device(self.device):
+            stream = torch.cuda.current_stream(self.device)
+            if self.last is not None and self.last != stream:
+                stream.wait_stream(self.last)
+            self.last = stream
+            yield
 
     def stream(self) -> int:
         """The current stream's handle."""

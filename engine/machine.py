@@ -44,8 +44,8 @@ def these_versions() -> Versions:
     return Versions(
         planmill=__version__,
         torch=torch.__version__,
-        triton=_version("triton"),
-        tensorrt=_version("tensorrt-rtx") or _version("tensorrt"),
+        triton=package_version("triton"),
+        tensorrt=package_version("tensorrt-rtx") or package_version("tensorrt"),
     )
 
 
@@ -54,7 +54,7 @@ def release(version: str) -> str:
     return version.partition("+")[0]
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

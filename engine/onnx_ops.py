@@ -1,7 +1,7 @@
 """Our ops in ONNX: schema and translation, both derived from the OpSpec. Domain `planmill`, one node per call.
 
 Tensors are the node's inputs, in the order of the op's schema; int, float, bool and str its attributes, by their names.
-An attribute of ONNX holds a float32: `decode_float` gives back what was meant.
+An attribute of ONNX holds a float32: `shortest_float` gives back what was meant.
 """
 
 import math
@@ -15,6 +15,7 @@ from onnx.defs import OpSchema
 from onnxscript.values import Opset
 
 from planmill.engine.errors import PlanError
+from planmill.engine.plugins.fields import shortest_float
 from planmill.kernels.common.spec import NAMESPACE, OpSpec
 
 DOMAIN_VERSION = 1
@@ -41,7 +42,7 @@ _LARGEST, _SMALLEST = float(numpy.finfo(numpy.float32).max), float(numpy.finfo(n
 _FREE = (960, 1920)  # two sizes to stand for an unknown one: what differs between them depends on it
 
 
-def encode(name: str, kind: str, value: Any) -> int | float | str:
+def encode(op: str, name: str, kind: str, value: Any) -> int | float | str:
     """An argument as an attribute.
 
     Raises:
@@ -49,21 +50,18 @@ def encode(name: str, kind: str, value: Any) -> int | float | str:
     """
     if kind == "float":
         if math.isfinite(value) and (abs(value) > _LARGEST or 0 < abs(value) < _SMALLEST):
-            raise PlanError(f"argument {name} = {value} does not fit a float32, which an attribute of ONNX is")
+            raise PlanError(
+                f"op {NAMESPACE}::{op}: {name} must fit a float32, which an attribute of ONNX is, got {value}"
+            )
         return float(value)
     return str(value) if kind == "str" else int(value)
-
-
-def decode_float(value: float) -> float:
-    """The shortest decimal that rounds to the float32 `value`: 0.7 for 0.699999988, and 0.7 * 10 is 7 again."""
-    return float(numpy.format_float_scientific(numpy.float32(value), unique=True))
 
 
 def decode(kind: str, attribute: onnx.AttributeProto) -> int | float | bool | str:
     """An attribute as the argument that it was made from."""
     value = onnx.helper.get_attribute_value(attribute)
     if kind == "float":
-        return decode_float(value)
+        return shortest_float(value)
     if kind == "str":
         return value.decode()
     return bool(value) if kind == "bool" else int(value)
@@ -120,7 +118,7 @@ def translation(spec: OpSpec) -> Callable[..., Any]:
             if str(argument.type) == "Tensor":
                 tensors.append(value)
             else:
-                attributes[argument.name] = encode(argument.name, str(argument.type), value)
+                attributes[argument.name] = encode(spec.name, argument.name, str(argument.type), value)
         return getattr(opset, spec.name)(*tensors, **attributes)
 
     return translate

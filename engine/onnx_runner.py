@@ -66,13 +66,16 @@ class OnnxRunner:
         self._types = element_types(model.graph)
         if has_halves(self._types):
             widen(model, self._types, lambda node: node.domain == NAMESPACE)
+        read = {name for node in own for name in node.input} | set(self._names)  # the rest stands in the segments
         self._constants = {
             tensor.name: torch.from_numpy(onnx.numpy_helper.to_array(tensor).copy())
             for tensor in model.graph.initializer
+            if tensor.name in read
         }
+        types = element_types(model.graph)  # after widening
         stages = _stages(model.graph)
         with tempfile.TemporaryDirectory(prefix="planmill-") as folder:
-            self._segments = [_segment(model, stages, stage, Path(folder)) for stage in stages]
+            self._segments = [_segment(model, types, stages, stage, Path(folder)) for stage in stages]
         self._custom = [[node for node in stage if node.domain == NAMESPACE] for stage in stages]
         self.proof = _proof(own, {kind for kind in self._types.values() if kind in HALVES})
 
@@ -155,7 +158,7 @@ def _stages(graph: GraphProto) -> list[list[NodeProto]]:
 
 
 def _segment(
-    model: ModelProto, stages: list[list[NodeProto]], stage: list[NodeProto], folder: Path
+    model: ModelProto, types: dict[str, int], stages: list[list[NodeProto]], stage: list[NodeProto], folder: Path
 ) -> "_Segment | None":
     nodes = [node for node in stage if node.domain != NAMESPACE]
     if not nodes:
@@ -168,7 +171,6 @@ def _segment(
     for other in stages:
         wanted |= {name for node in other if other is not stage or node.domain == NAMESPACE for name in _reads(node)}
     outputs = sorted(made & wanted)
-    types = element_types(model.graph)
     graph = helper.make_graph(
         nodes,
         "segment",

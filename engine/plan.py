@@ -20,7 +20,7 @@ import torch
 from pydantic import ValidationError
 
 from planmill.engine.errors import PlanError
-from planmill.engine.machine import release, require_gpu, these_versions, this_machine
+from planmill.engine.machine import package_version, release, require_gpu, these_versions, this_machine
 from planmill.engine.manifest import FORMAT_VERSION, Gpu, Manifest, Payload
 
 _MANIFEST = "manifest.json"
@@ -100,14 +100,17 @@ class Plan:
             raise PlanError(f"{built}; this one has {major}.{minor} ({torch.cuda.get_device_name()}): {_REBUILD} here")
 
     def _check_tensorrt(self, made: str) -> None:
-        here = these_versions().tensorrt
+        from planmill.engine.tensorrt.builder import INSTALL
+
+        library = self.manifest.target  # targets tensorrt and tensorrt-rtx: the packages are called the same
+        here = package_version(library)
         if here is None:
             raise PlanError(
-                f"{self.path}: needs TensorRT {made}, which is not installed: pip install 'planmill[tensorrt]'"
+                f"{self.path}: needs {library} {made}, which is not installed: {INSTALL[library.replace('-', '_')]}"
             )
         if release(made) != release(here):
             raise PlanError(
-                f"{self.path}: built with TensorRT {made}, and its payload runs only there; this is {here}: install "
+                f"{self.path}: built with {library} {made}, and its payload runs only there; this is {here}: install "
                 f"that version or {_REBUILD}"
             )
 

@@ -102,7 +102,7 @@ def _single(argument: Any) -> Any:
 
 
 def _sort(x: torch.Tensor, dim: int = -1, descending: bool = False, *, stable: bool = False) -> Any:
-    """TopK of everything: ONNX promises the lower index for equal values, which is a stable sort."""
+    """TopK of everything: ONNX promises the lower index for equal values, which is a stable sort; TensorRT does not."""
     return torch.return_types.sort(torch.topk(x, x.shape[dim], dim, descending))
 
 

@@ -156,6 +156,8 @@ def _describe(
         if isinstance(value, torch.Tensor):
             if _storage(value) not in known:
                 raise NotOneKernel(f"{spec.name} needs memory of its own")
+            if not (isinstance(value.storage_offset(), int) and value.storage_offset() == 0):
+                raise NotOneKernel(f"{spec.name} passes a part of a tensor")
             return known[_storage(value)]
         return _size(spec, value.node.expr, symbols) if isinstance(value, torch.SymInt) else value
 

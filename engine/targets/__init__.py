@@ -1,4 +1,6 @@
-"""Targets: what a captured program is compiled to. Each is a module with `compile_program` and `load_payload`."""
+"""Targets: what a captured program is compiled to. Each is a module, or an object in one ("module:name"), with
+`compile_program` and `load_payload`.
+"""
 
 import importlib
 from collections.abc import Callable
@@ -17,8 +19,8 @@ Device = Literal["cpu", "cuda"]
 
 TARGETS = {
     "aoti": "planmill.engine.targets.aoti",
-    "tensorrt-rtx": "planmill.engine.targets.tensorrt_rtx",
-    "tensorrt": "planmill.engine.targets.tensorrt",
+    "tensorrt-rtx": "planmill.engine.targets.tensorrt:RTX",
+    "tensorrt": "planmill.engine.targets.tensorrt:FULL",
     "openvino": "planmill.engine.targets.openvino",
 }
 
@@ -58,7 +60,7 @@ class Built:
 
     Args:
         payload: the file.
-        onnx: the ONNX file that the payload was built from, where the payload cannot run on this machine: what is
+        onnx: the ONNX file that the payload was built from, where the payload is not run at the build: what is
             verified in its place. None: the payload itself is run.
         layers: what the network consists of: layer kind to how many there are.
         plugins: ops of ours in the payload, each with the version of its plugin.
@@ -113,12 +115,14 @@ def find_target(name: str) -> Target:
     """
     if name not in TARGETS:
         raise PlanError(f"no target named {name!r}; there is {', '.join(TARGETS)}")
+    path, _, attribute = TARGETS[name].partition(":")
     try:
-        return cast(Target, importlib.import_module(TARGETS[name]))
+        module = importlib.import_module(path)
     except ModuleNotFoundError as error:
         if str(error.name).partition(".")[0] in _EXTRA:
             raise PlanError(f"target {name} needs {error.name}: pip install 'planmill[tensorrt]'") from error
         raise
+    return cast(Target, getattr(module, attribute) if attribute else module)
 
 
 def choose_device(target: str, device: str | None) -> Device:

@@ -144,9 +144,10 @@ class GpuRunner:
 
     def __call__(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
         """Run on contiguous inputs; the outputs are where the first input is."""
-        outputs = self._graphs(inputs) if self._graphs is not None else self._run(inputs)
         home = inputs[0].device
-        return outputs if home == self.device.device else [x.to(home) for x in outputs]
+        with self.device.turn():
+            outputs = self._graphs(inputs) if self._graphs is not None else self._run(inputs)
+            return outputs if home == self.device.device else [x.to(home) for x in outputs]
 
     def record_graphs(self) -> None:
         """Capture a CUDA graph at the second call with the same input shapes, and replay it from then on."""

@@ -2,7 +2,7 @@
 
 The payload is a zip of the representation's two files and of what it must be loaded with. OpenVINO knows no op of ours.
 The number of threads is torch's when the plan is loaded. A bf16 plan computes in bfloat16 where the CPU has units for
-it and in float32 elsewhere.
+it and in float32 elsewhere. On a CPU it computes float64 in float32 and int64 in int32.
 """
 
 import json
@@ -28,14 +28,17 @@ def compile_program(captured: Captured, folder: Path, options: Options) -> Built
     Args:
         captured: the model.
         folder: an empty directory for the payload.
-        options: nothing of them concerns this target.
+        options: must be the default ones.
 
     Returns:
         The payload.
 
     Raises:
-        PlanError: OpenVINO is not installed or does not know an op or a dtype of the model.
+        PlanError: an option of another target; OpenVINO is not installed, or does not know an op or a dtype of the
+            model.
     """
+    if options != Options():
+        raise PlanError("target openvino takes neither plugins nor SM architectures: these are for a GPU")
     openvino = _library()
     if ours := sorted({op._schema.name for op in custom_overloads(captured.program)}):
         raise PlanError(f"target openvino does not know op {ours[0]}: build with target aoti, which calls it")
@@ -51,7 +54,8 @@ def compile_program(captured: Captured, folder: Path, options: Options) -> Built
         reason = next((line for line in lines if "No conversion rule" in line), first_line(error))
         raise PlanError(f"target openvino cannot translate the model: {reason}: build with target aoti") from error
     openvino.save_model(model, folder / _GRAPH, compress_to_fp16=False)
-    half = any(value.dtype == torch.bfloat16 for value in captured.program.state_dict.values())
+    floats = {value.dtype for value in captured.program.state_dict.values() if value.is_floating_point()}
+    half = floats == {torch.bfloat16}
     (folder / _SETTINGS).write_text(json.dumps({"precision": "bf16" if half else "f32"}))
     with zipfile.ZipFile(folder / _PAYLOAD, "w", zipfile.ZIP_STORED) as archive:
         for name in (_GRAPH, _WEIGHTS, _SETTINGS):

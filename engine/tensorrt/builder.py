@@ -88,9 +88,9 @@ def import_library(name: Library) -> Any:
     """
     if importlib.util.find_spec(name) is None:
         raise PlanmillError(f"{name} is not installed: {INSTALL[name]}")
-    if name == "tensorrt_rtx":
-        _provide_unversioned_names()
     try:
+        if name == "tensorrt_rtx":
+            _provide_unversioned_names()
         return importlib.import_module(name)
     except (ImportError, OSError, RuntimeError) as error:
         raise PlanmillError(f"{name} is installed but cannot be loaded: {error}: {INSTALL[name]}") from error

@@ -96,9 +96,10 @@ class EngineRunner:
     def __call__(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
         """Run on contiguous inputs; the outputs are where the first input is."""
         given = [inputs[index] for index in self._used]
-        outputs = self._graphs(given) if self._graphs is not None else self._run(given)
         home = inputs[0].device
-        return outputs if home == self.device.device else [x.to(home) for x in outputs]
+        with self.device.turn():
+            outputs = self._graphs(given) if self._graphs is not None else self._run(given)
+            return outputs if home == self.device.device else [x.to(home) for x in outputs]
 
     def record_graphs(self) -> None:
         """Capture a CUDA graph at the second call with the same input shapes, and replay it from then on."""
@@ -108,7 +109,7 @@ class EngineRunner:
         return _Context(self.engine, self._inputs, self._outputs, self.device)
 
     def _run(self, given: list[torch.Tensor]) -> list[torch.Tensor]:
-        ready = [x.to(self.device.device, non_blocking=True) for x in given]
+        ready = [_aligned(x.to(self.device.device, non_blocking=True)) for x in given]
         outputs = self._context.prepare(ready)
         self._context.run()
         return outputs
@@ -119,6 +120,11 @@ class EngineRunner:
         outputs = context.prepare(mine)
         context.run()  # the first run of a shape may compile and allocate, which no graph takes
         return Graph(mine, outputs, self.device.capture(context.run), context)
+
+
+def _aligned(x: torch.Tensor) -> torch.Tensor:
+    """TensorRT asks for addresses at multiples of 256 bytes: a part of a larger tensor may begin elsewhere."""
+    return x if x.data_ptr() % 256 == 0 else x.clone()
 
 
 def load_engine(path: Path, library: Library, manifest: Manifest | None) -> EngineRunner:

@@ -3,7 +3,8 @@
 The program that is compiled is tested in test_substitution.py. What only a GPU shows is the test marked gpu.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,10 @@ class Host(Device):
     def __init__(self) -> None:
         super().__init__(HOST)
         self.captures = 0
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        yield
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
         self.captures += 1

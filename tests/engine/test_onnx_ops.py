@@ -16,7 +16,8 @@ from planmill import kernels
 from planmill.engine import Captured, PlanError
 from planmill.engine.manifest import DimRange, TensorSpec
 from planmill.engine.onnx_export import export_onnx
-from planmill.engine.onnx_ops import call_arguments, decode_float, encode, schema_of
+from planmill.engine.onnx_ops import call_arguments, encode, schema_of
+from planmill.engine.plugins.fields import shortest_float
 from planmill.engine.portable import lower
 from planmill.kernels.common.spec import OpSpec
 from planmill.kernels.neighbors.mutual_score.portable import mean_between
@@ -192,13 +193,13 @@ def test_portable_form_agrees_with_the_reference(spec: OpSpec) -> None:
 
 def test_float_attributes_come_back_as_they_were_meant() -> None:
     for value in (0.7, 0.29, 0.1, 1e-5, 1e-6, 1e-20, -3.5, 0.0, 1.0, 100.0, 1e38):
-        assert decode_float(float(numpy.float32(value))) == value
+        assert shortest_float(float(numpy.float32(value))) == value
     generator = torch.Generator().manual_seed(0)
     for value in torch.randn(200, generator=generator, dtype=torch.float64).tolist():
-        assert decode_float(float(numpy.float32(value))) == pytest.approx(value, rel=1e-7)
-    assert encode("eps", "float", 1) == 1.0
-    with pytest.raises(PlanError, match="argument eps = 1e-50 does not fit a float32"):
-        encode("eps", "float", 1e-50)
+        assert shortest_float(float(numpy.float32(value))) == pytest.approx(value, rel=1e-7)
+    assert encode("mix", "eps", "float", 1) == 1.0
+    with pytest.raises(PlanError, match=r"op planmill::mix: eps must fit a float32, .* got 1e-50"):
+        encode("mix", "eps", "float", 1e-50)
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.0, 0.3), (0.29, 0.7), (0.1, 0.57), (0.3, 2.0), (3.0, 9.0), (0.9, 0.2)])

@@ -210,11 +210,11 @@ def test_a_plan_of_another_tensorrt_is_refused(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr("planmill.engine.pipeline.find_target", lambda name: Fake())
     plan = build(Scored().eval(), torch.randn(3, 6), tmp_path / "a.plan", target="tensorrt-rtx", plugins="none")
     for here, message in (
-        ("1.6.0.0", "built with TensorRT 1.7.1.116.*this is 1.6.0.0"),
+        ("1.6.0.0", "built with tensorrt-rtx 1.7.1.116.*this is 1.6.0.0"),
         (None, "is not installed: pip"),
     ):
-        versions = plan.manifest.versions.model_copy(update={"tensorrt": here})
-        monkeypatch.setattr("planmill.engine.plan.these_versions", lambda v=versions: v)
+        found = {"tensorrt-rtx": here, "tensorrt": "1.7.1.116"}  # the other library does not count
+        monkeypatch.setattr("planmill.engine.plan.package_version", found.get)
         with pytest.raises(PlanError, match=message):
             plan.check_environment()
 

@@ -4,7 +4,8 @@ The stand-in keeps the library's contract: shapes before addresses, nothing allo
 memory at a time. What only a GPU shows (streams, graphs, the library itself) is not tested here: see docs/tensorrt.md.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -79,7 +80,12 @@ class Engine:
 class Host(Device):
     def __init__(self) -> None:
         super().__init__(HOST)
-        self.captures = 0
+        self.captures, self.turns = 0, 0
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        self.turns += 1
+        yield
 
     def stream(self) -> int:
         return 0
@@ -102,6 +108,19 @@ def assert_right(got: list[torch.Tensor], given: list[torch.Tensor]) -> None:
     product = given[0] * given[2]
     assert torch.equal(got[0], product)
     assert torch.equal(got[1], product.sum(1).int())
+
+
+def test_a_part_of_a_tensor_is_aligned() -> None:
+    engine, host = Engine(), Host()
+    context = Context(engine)
+    engine.create_execution_context = lambda: context  # type: ignore[method-assign]
+    run = runner(engine, host)
+    given = inputs(4)
+    given[0] = given[0][1:]
+    assert given[0].data_ptr() % 64
+    assert_right(run(given), given)
+    assert context.addresses["x"] % 64 == 0  # what torch gives on a CPU
+    assert host.turns == 1
 
 
 def test_inputs_and_outputs_go_by_name() -> None:

@@ -12,9 +12,8 @@ from planmill.kernels.convolution.winograd_convolution.transform import PANEL, S
 
 
 def _outputs(x: torch.Tensor, transformed: torch.Tensor, bias: torch.Tensor, size: int, padding: int) -> Shapes:
-    batch, height, width, _ = x.shape
     grown = 2 * padding - size + 1
-    return [((batch, height + grown, width + grown, bias.shape[0]), x.dtype)]
+    return [((x.shape[0], x.shape[1] + grown, x.shape[2] + grown, bias.shape[0]), x.dtype)]
 
 
 SPEC = OpSpec(
