@@ -20,13 +20,16 @@ PASSES = (
     "affine_into_output",
     "linear_into_linear",
     "normalization_into_input",
+    "normalization_into_padding",
     "upsample_last",
     "one_upsample",
     "shared_convolution",
     "winograd_convolution",
 )
-# Sharing a convolution reads the image once and costs a copy behind the split: on a CPU more than it saves.
-DEFAULT = tuple(name for name in PASSES if name not in ("shared_convolution", "winograd_convolution"))
+# On a CPU these save no more than they cost: sharing a convolution reads the image once and copies behind the split; an
+# image padded with its mean needs no subtraction, and is a copy.
+_ASKED_FOR = ("shared_convolution", "normalization_into_padding", "winograd_convolution")
+DEFAULT = tuple(name for name in PASSES if name not in _ASKED_FOR)
 # Puts ops of ours for the CPU into the program, and hides what the others look for: it runs once, when they are done.
 _LAST = "winograd_convolution"
 _ROUNDS = 8

@@ -14,6 +14,7 @@ from planmill.engine.rewrites.graph import (
     argument,
     aten,
     dtype_of,
+    fits,
     only_user,
     shape_of,
 )
@@ -50,9 +51,12 @@ def _fold(program: Program, step: Call, affine: Affine) -> bool:
         return False
     scale, shift = found
     dtype = dtype_of(layer.args[1])
-    new_weight = program.emit_constant(step, weight * scale.view(-1, *[1] * (weight.dim() - 1)), dtype)
-    new_bias = program.emit_constant(step, shift if bias is None else scale * bias + shift, dtype)
-    new = program.emit(step, layer.target, layer.args[0], new_weight, new_bias, *layer.args[3:])
+    weight = weight * scale.view(-1, *[1] * (weight.dim() - 1))
+    bias = shift if bias is None else scale * bias + shift
+    if not fits(weight, dtype) or not fits(bias, dtype):
+        return False
+    constants = [program.emit_constant(step, value, dtype) for value in (weight, bias)]
+    new = program.emit(step, layer.target, layer.args[0], *constants, *layer.args[3:])
     if dtype_of(new) != dtype_of(step):
         new = program.emit(step, aten.to.dtype, new, dtype_of(step))
     program.replace(step, new)

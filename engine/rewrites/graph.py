@@ -268,6 +268,13 @@ def argument(node: Call, index: int, name: str, default: Any = None) -> Any:
     return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
 
 
+def fits(value: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether rounding to a dtype costs only last digits along all of dimension 0: float16 ends at 65504 and 6e-8."""
+    rows = value.reshape(len(value), -1)
+    lost = (rows.to(dtype).double() - rows).abs().amax(1)
+    return bool((lost <= torch.finfo(dtype).eps * rows.abs().amax(1)).all())
+
+
 def _attribute(module: torch.nn.Module, name: str) -> Any:
     value: Any = module
     for part in name.split("."):

@@ -5,7 +5,7 @@
 A narrow layer between two wide ones (a low-rank factorisation) stays as it is.
 """
 
-from planmill.engine.rewrites.graph import Program, argument, aten, dtype_of, only_user, shape_of
+from planmill.engine.rewrites.graph import Program, argument, aten, dtype_of, fits, only_user, shape_of
 
 
 def apply(program: Program) -> int:
@@ -25,9 +25,11 @@ def apply(program: Program) -> int:
         assert w1 is not None
         assert w2 is not None
         dtype = dtype_of(nodes[1][0])
-        weight = program.emit_constant(second, w2 @ w1, dtype)
         parts = [part for part in (None if b1 is None else w2 @ b1, b2) if part is not None]
-        bias = program.emit_constant(second, sum(parts[1:], parts[0]), dtype) if parts else None
+        merged = [w2 @ w1, *([sum(parts[1:], parts[0])] if parts else [])]
+        if not all(fits(value, dtype) for value in merged):
+            continue
+        weight, bias = [*(program.emit_constant(second, value, dtype) for value in merged), None][:2]
         program.replace(second, program.emit(second, aten.linear.default, first.args[0], weight, bias))
         fired += 1
     return fired

@@ -89,6 +89,24 @@ FIRES = {
         ["normalization_into_input"],
         lambda: of_images(lambda m, x: m.c(x / STD), c=conv(3, 4, 3, padding=1)),
     ),
+    "normalized-and-padded": (
+        ["normalization_into_input", "normalization_into_padding"],
+        lambda: of_images(
+            lambda m, x: m.c(normalized(x)), c=conv(3, 6, (3, 4), stride=2, padding=(1, 2), groups=3, bias=False)
+        ),
+    ),
+    "one-mean-and-padded": (
+        ["normalization_into_padding"],
+        lambda: of_images(
+            lambda m, x: (lambda y: (m.a(y), m.b(y)))(1 - 2 * x),
+            a=conv(3, 4, 3, padding=1, dilation=2),
+            b=conv(3, 2, 5, padding=1),
+        ),
+    ),
+    "signals-normalized-and-padded": (
+        ["normalization_into_padding"],
+        lambda: of_images(lambda m, x: m.c(m.s - x), (3, 20), c=nn.Conv1d(3, 4, 3, padding=2), s=torch.rand(3, 1)),
+    ),
     "normalized-rows": (
         ["normalization_into_input"],
         lambda: of_images(lambda m, x: m.l(x * m.s + m.h), TOKENS, l=nn.Linear(8, 4), s=torch.rand(8), h=torch.rand(8)),
@@ -240,8 +258,20 @@ ALONE = {
         g=conv(32, 32, 3),
         h=conv(32, 32, 3),
     ),
-    "zeros-around-a-normalized-image": lambda: of_images(
-        lambda m, x: m.c(normalized(x) - 1), c=conv(3, 4, 3, padding=1)
+    "zeros-around-two-ways": lambda: of_images(
+        lambda m, x: (lambda y: (m.a(y), m.b(y)))(normalized(x) - 1), a=conv(3, 4, 3, padding=1), b=conv(3, 4, 3)
+    ),
+    "other-zeros-around": lambda: of_images(
+        lambda m, x: (lambda y: (m.a(y), m.b(y)))(x - MEAN), a=conv(3, 4, 3, padding=1), b=conv(3, 4, 5, padding=2)
+    ),
+    "a-shift-that-no-pixel-undoes": lambda: of_images(
+        lambda m, x: m.c(x * m.s + 1), c=conv(3, 4, 3, padding=1), s=torch.tensor([0.0, 1.0, 1.0]).view(3, 1, 1)
+    ),
+    "features-shifted-and-padded": lambda: of_images(
+        lambda m, x: m.c(x - m.h), (17, 12, 12), c=conv(17, 4, 3, padding=1), h=torch.rand(17, 1, 1)
+    ),
+    "edges-around-a-normalized-image": lambda: of_images(
+        lambda m, x: m.c(x - MEAN), c=conv(3, 4, 3, padding=1, padding_mode="replicate")
     ),
     "normalized-image-seen-elsewhere": lambda: of_images(
         lambda m, x: (lambda y: (m.c(y), y.amax((2, 3))))(normalized(x)), c=conv(3, 4, 3)
@@ -326,6 +356,30 @@ def test_bf16_folds_round_once(name: str) -> None:
         assert low.equal(high.to(low.dtype))
 
 
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+def test_fp16_keeps_what_would_not_fit(scale: float) -> None:
+    """Weights of float16 times a scale that float32 has room for: nothing may be lost."""
+    model, x = of_images(
+        lambda m, x: m.c(x).float() * m.s, c=conv(3, 4, 3), s=torch.tensor([[1.0], [scale]] * 2)[..., None]
+    )
+    captured = capture(model, x, dynamic=SMALL, precision="fp16")
+    assert rewrite(captured) is captured
+    assert rewrite(capture(model, x, dynamic=SMALL, precision="bf16")).rewrites == ["affine_into_output"]
+
+
+@torch.no_grad()
+def test_one_mean_pads_images_of_any_size() -> None:
+    model, x = of_images(lambda m, x: m.c(2 * x - 1), c=conv(3, 4, 3, padding=1))
+    sizes = {"x": {2: DynamicDim("height", 5, 12, 20)}}
+    rewritten = rewrite(capture(model, x, dynamic=sizes), PASSES)
+    assert rewritten.rewrites == ["normalization_into_padding"]
+    sample = torch.randn(3, 3, 7, 12)
+    torch.testing.assert_close(rewritten.program.module()(sample)[0], model(sample))
+    model, x = of_images(lambda m, x: m.c(x - MEAN), c=conv(3, 4, 3, padding=1))  # a border of each channel's own
+    captured = capture(model, x, dynamic=sizes)
+    assert rewrite(captured, PASSES) is captured
+
+
 def test_bf16_subtracts_first() -> None:
     model, x = FIRES["normalized-images"][1]()
     captured = rewrite(capture(model, x, dynamic=SMALL, precision="bf16"))
@@ -338,8 +392,8 @@ def test_passes_by_name() -> None:
     captured = capture(model, x, dynamic=SMALL)
     assert rewrite(captured, ["linear_into_linear"]).rewrites == ["linear_into_linear"]
     assert rewrite(captured, []) is captured
-    assert set(PASSES) - set(DEFAULT) == {"shared_convolution", "winograd_convolution"}
-    assert set(PASSES) - set(default_passes("aoti", "cpu")) == {"shared_convolution"}
+    assert set(PASSES) - set(DEFAULT) == {"shared_convolution", "normalization_into_padding", "winograd_convolution"}
+    assert set(default_passes("aoti", "cpu")) - set(DEFAULT) == {"winograd_convolution"}
     assert default_passes("openvino", "cpu") == default_passes("aoti", "cuda") == DEFAULT
     with pytest.raises(PlanError, match=f"no rewrite named 'fold'; there are {PASSES[0]}, "):
         rewrite(captured, ["fold"])
@@ -353,7 +407,7 @@ def _anomalies(m: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     rows = m.n(m.b(m.a(tokens))).relu().view(-1, 10, 10, 4).amax((1, 2))
     maps: Sequence[torch.Tensor] = [((t - s) ** 2).mean(1, keepdim=True), (s**2).mean(1, keepdim=True)]
     first, second = ((up(F.pad(v, (1, 1, 1, 1)), (24, 24)) - 0.1) / 0.4 for v in maps)
-    return rows, 0.5 * first + 0.5 * second
+    return rows, 0.5 * first + 0.5 * second + m.p(x - MEAN)[:, :, :1, :1]
 
 
 def test_a_plan_names_its_rewrites_and_its_receipt_proves_them(tmp_path: Path) -> None:
@@ -361,6 +415,7 @@ def test_a_plan_names_its_rewrites_and_its_receipt_proves_them(tmp_path: Path) -
         _anomalies,
         t=conv(3, 8, 3),
         s=conv(3, 8, 3),
+        p=conv(3, 1, 3, padding=1),
         a=nn.Linear(16, 16),
         b=nn.Linear(16, 4),
         n=nn.BatchNorm1d(4),
