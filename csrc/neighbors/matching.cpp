@@ -49,14 +49,14 @@ void Known::join(const Known& other) {
   }
 }
 
-OpenPairs::OpenPairs(const Block& block, const Parts& right_parts, float scale, int ranks, int64_t first, int64_t rows)
-    : left(rows), right(block.right_rows.count()), block_(block), parts_(right_parts), scale_(scale),
+OpenPairs::OpenPairs(const Block& block, const Parts& right_parts, float scale, int ranks)
+    : left(block.left_rows.count()), right(block.right_rows.count()), block_(block), parts_(right_parts), scale_(scale),
       rounding_((0.25f * static_cast<float>(block.left_rows.width()) + 16.0f) * 6.0e-8f),  // of a sum in four parts or more
-      ranks_(ranks), first_(first) {
-  const StatsView stats = block.left.stats(first);
+      ranks_(ranks) {
+  const StatsView stats = block.left.stats(0);
   double error = 0.0;  // of the screen, nearly
   int64_t valid = 0;
-  for (int64_t i = 0; i < rows; ++i)
+  for (int64_t i = 0; i < left.count(); ++i)
     if (stats.half[i] < kInfinity) error += static_cast<double>(stats.res[i]) * stats.norm[i], ++valid;
   looks_ = look_error() < 0.25 * error / static_cast<double>(std::max<int64_t>(valid, 1));
 }
@@ -81,7 +81,7 @@ void OpenPairs::screen(int64_t row, int64_t rows, int64_t column, int64_t column
   w.low_right.assign(static_cast<size_t>(2 * ld), kLowest);
   for (int rank = 0; rank < 2; ++rank)
     std::copy_n(right.bounds(rank) + column, columns, w.low_right.begin() + rank * ld);
-  float* low = left.bounds(0) + (row - first_);
+  float* low = left.bounds(0) + row;
   if (ranks_ == 2)
     block_.kernels.two_lower_bounds(w.products.data(), rows, ld, ld, own, others, low, left.count(), w.low_right.data(), ld);
   else
@@ -95,7 +95,7 @@ void OpenPairs::screen(int64_t row, int64_t rows, int64_t column, int64_t column
     if (!block_.left.valid(row + r)) continue;
     const RowStats stats{own.inv[r], own.half[r], own.norm[r], own.res[r]};
     const int64_t count = block_.kernels.list_pairs(w.products.data() + r * ld, ld, stats, others,
-                                                    left.bounds(ranks_ - 1)[row - first_ + r], threshold, w.found.data(),
+                                                    left.bounds(ranks_ - 1)[row + r], threshold, w.found.data(),
                                                     w.bounds.data());
     for (int64_t k = 0; k < count; ++k)
       screened_.push_back({static_cast<int32_t>(row + r), static_cast<int32_t>(column + w.found[k]), w.bounds[k]});
@@ -105,7 +105,7 @@ void OpenPairs::screen(int64_t row, int64_t rows, int64_t column, int64_t column
 void OpenPairs::prune() {
   const float* half_left = block_.left.stats(0).half;
   const float* half_right = block_.right.stats(0).half;
-  const float* low_left = left.bounds(ranks_ - 1) - first_;
+  const float* low_left = left.bounds(ranks_ - 1);
   const float* low_right = right.bounds(ranks_ - 1);
   const auto closed = [&](const OpenPair& p) {
     return !(p.upper - half_right[p.right] >= low_left[p.left] || p.upper - half_left[p.left] >= low_right[p.right]);
@@ -120,7 +120,7 @@ void OpenPairs::sharpen() {
   std::vector<Seen> rows(static_cast<size_t>(left.count())), columns(static_cast<size_t>(right.count()));
   for (size_t k = 0; k < screened_.size(); ++k) {
     const OpenPair& p = screened_[k];
-    rows[p.left - first_].add(p.upper - half_right[p.right], static_cast<int64_t>(k), ranks_);
+    rows[p.left].add(p.upper - half_right[p.right], static_cast<int64_t>(k), ranks_);
     columns[p.right].add(p.upper - half_left[p.left], static_cast<int64_t>(k), ranks_);
   }
   std::vector<char> chosen(screened_.size());
@@ -153,12 +153,7 @@ void OpenPairs::settle() {
 }
 
 void OpenPairs::take(OpenPairs& other) {
-  const int64_t begin = other.first_ - first_, n = other.left.count();
-  std::copy_n(other.left.nearest.begin(), n, left.nearest.begin() + begin);
-  for (int rank = 0; rank < 2; ++rank) {
-    std::copy_n(other.left.bounds(rank), n, left.bounds(rank) + begin);
-    std::copy_n(other.left.looked.begin() + rank * n, n, left.looked.begin() + rank * left.count() + begin);
-  }
+  left.join(other.left);
   right.join(other.right);
   screened_.insert(screened_.end(), other.screened_.begin(), other.screened_.end());
   looked_.insert(looked_.end(), other.looked_.begin(), other.looked_.end());
@@ -190,10 +185,10 @@ void OpenPairs::close(const std::vector<OpenPair>& pairs) {
     std::copy_n(w.values.begin(), end - begin, distances.begin() + begin);
   });
   for (size_t k = 0; k < pairs.size(); ++k) {
-    left.nearest[pairs[k].left - first_].add(distances[k], pairs[k].right);
+    left.nearest[pairs[k].left].add(distances[k], pairs[k].right);
     right.nearest[pairs[k].right].add(distances[k], pairs[k].left);
   }
-  raise(left, block_.left.stats(first_));
+  raise(left, block_.left.stats(0));
   raise(right, block_.right.stats(0));
 }
 
@@ -236,7 +231,7 @@ void OpenPairs::look(std::vector<OpenPair>& pairs) {
     const float norms = own.norm[p.left] * own.norm[p.left] + others.norm[p.right] * others.norm[p.right];
     // x.y = |x|^2 / 2 + |y|^2 / 2 - |x - y|^2 / 2, and the last term does not change with the origin
     const float product = half - (squares - scale_ * scale_ * values[k]), wrong = error + rounding_ * norms + 1.0e-30f;
-    left.look(p.left - first_, product - wrong - others.half[p.right]);
+    left.look(p.left, product - wrong - others.half[p.right]);
     right.look(p.right, product - wrong - own.half[p.left]);
     looked_.push_back({p.left, p.right, std::min(p.upper, product + wrong)});
   }

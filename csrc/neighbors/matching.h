@@ -53,12 +53,12 @@ struct OpenPair {
   float upper;
 };
 
-// Open pairs of left rows [first, first + left.count()) and all right rows. A pair is screened, looked at where that pays
+// Open pairs of some left rows and all right rows. A pair is screened, looked at where that pays
 // (its product in float32 with the stored right row), and evaluated (by direct differences), which closes it.
 class OpenPairs {
  public:
   // `ranks`: 2 where the second nearest are wanted too.
-  OpenPairs(const Block& block, const Parts& right_parts, float scale, int ranks, int64_t first, int64_t rows);
+  OpenPairs(const Block& block, const Parts& right_parts, float scale, int ranks);
 
   // Lists what a block of products leaves open: left rows [row, row + rows) against right rows [column, column + columns).
   void screen(int64_t row, int64_t rows, int64_t column, int64_t columns, Workspace& w);
@@ -86,7 +86,6 @@ class OpenPairs {
   const Parts& parts_;
   float scale_, rounding_;
   int ranks_;
-  int64_t first_;
   bool looks_;  // whether a look says more than the screen
   std::vector<OpenPair> screened_, looked_;
 };

@@ -34,7 +34,7 @@ struct Matcher {
  private:
   void compare_all();
   Outcome attempt(const ScreenKernels& kernels, const Frame& frame, bool coarse);
-  bool slice(OpenPairs& open, int64_t first, int64_t last, int64_t chunk, bool coarse) const;
+  bool screen(OpenPairs& open, int64_t part, int64_t parts, int64_t chunk, bool coarse) const;
 };
 
 void Matcher::run() {
@@ -78,7 +78,8 @@ void Matcher::compare_all() {
   for (const Known& part : rows) left.join(part);
 }
 
-// Each thread takes a slice of the left rows against all right rows, with bounds of its own.
+// Each thread takes chunks of the left rows against all right rows, with bounds of its own. Chunks are dealt in turn: in
+// a picture, the rows of one half may meet their neighbours early, and those of the other half list pairs until they do.
 Outcome Matcher::attempt(const ScreenKernels& kernels, const Frame& frame, bool coarse) {
   const int64_t n = a.count(), m = b.count(), d = a.width();
   Packed packed_a(kernels, Packed::Side::kLeft, n, d), packed_b(kernels, Packed::Side::kRight, m, d);
@@ -86,20 +87,19 @@ Outcome Matcher::attempt(const ScreenKernels& kernels, const Frame& frame, bool 
   if (!packed_b.pack(b, 0, m, frame, Metric::kL2, true, false, 0)) return Outcome::kMisfit;
   const Block block{kernels, packed_a, packed_b, a, b, Metric::kL2};
   const int64_t threads = at::get_num_threads();
-  const int64_t step = round_up((n + threads - 1) / threads, kernels.left_panel), slices = (n + step - 1) / step;
-  std::vector<std::unique_ptr<OpenPairs>> open(static_cast<size_t>(slices));
+  const int64_t chunk = even_block(n, kernels.left_rows, kernels.left_panel, threads);
+  const int64_t parts = std::min(threads, (n + chunk - 1) / chunk);
+  std::vector<std::unique_ptr<OpenPairs>> open(static_cast<size_t>(parts));
   std::atomic<bool> alike{false};
-  at::parallel_for(0, slices, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t s = begin; s < end; ++s) {
-      const int64_t first = s * step, last = std::min(first + step, n);
-      open[s] = std::make_unique<OpenPairs>(block, parts_of_b, frame.scale, ranks, first, last - first);
-      if (alike || !slice(*open[s], first, last, even_block(last - first, kernels.left_rows, kernels.left_panel, 1), coarse))
-        alike = true;
+  at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; ++part) {
+      open[part] = std::make_unique<OpenPairs>(block, parts_of_b, frame.scale, ranks);
+      if (alike || !screen(*open[part], part, parts, chunk, coarse)) alike = true;
     }
   });
   if (alike) return Outcome::kAlike;
-  OpenPairs all(block, parts_of_b, frame.scale, ranks, 0, n);
-  for (const auto& part : open) all.take(*part);
+  OpenPairs& all = *open[0];
+  for (int64_t part = 1; part < parts; ++part) all.take(*open[part]);
   all.prune();
   all.sharpen();
   all.settle();
@@ -108,13 +108,13 @@ Outcome Matcher::attempt(const ScreenKernels& kernels, const Frame& frame, bool 
   return Outcome::kDone;
 }
 
-// False if the rows look too much alike.
-bool Matcher::slice(OpenPairs& open, int64_t first, int64_t last, int64_t chunk, bool coarse) const {
-  const int64_t m = b.count(), most = kOpenPairs * (last - first + m);
+// Every `parts`-th chunk; false if the rows look too much alike.
+bool Matcher::screen(OpenPairs& open, int64_t part, int64_t parts, int64_t chunk, bool coarse) const {
+  const int64_t n = a.count(), m = b.count(), most = kOpenPairs * (n / parts + m);
   Workspace w;
-  for (int64_t row = first; row < last; row += chunk) {
+  for (int64_t row = part * chunk; row < n; row += parts * chunk) {
     for (int64_t column = 0; column < m; column += kColumns)
-      open.screen(row, std::min(chunk, last - row), column, std::min(kColumns, m - column), w);
+      open.screen(row, std::min(chunk, n - row), column, std::min(kColumns, m - column), w);
     if (open.size() <= most) continue;
     open.prune();
     if (open.size() <= most / 2) continue;
