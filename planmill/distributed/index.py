@@ -48,8 +48,7 @@ class ShardedIndex:
     """The k nearest rows of a database whose rows live in several processes or machines.
 
     Each shard answers for its rows, and the lists are merged: what comes out is what `find_neighbors` finds among all
-    rows, bit for bit on the CPU (by "dot", where float32 can tell the products apart). A shard whose process is lost is
-    started again from its source, and asked again.
+    rows, bit for bit on the CPU. A shard whose process is lost is started again from its source, and asked again.
 
     Args:
         rows: [m, D], float32, bfloat16 or float16, cut into `shards` parts; or one source per shard, in the order of

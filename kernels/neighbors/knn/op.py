@@ -73,9 +73,11 @@ def find_neighbors(
 
     With `exact=True` the database is screened in 16-bit arithmetic (AMX-bf16 where the processor has it, 16-bit
     integers otherwise) under a proven error bound, and every row that could be among the k nearest is evaluated again
-    in float32 by direct differences: the neighbours are those of float32 arithmetic, duplicates have distance 0, and
-    data far from the origin loses nothing. With `exact=False` the screened values are returned as they are: neighbours
-    whose distances differ by less than about 1e-3 of the vectors' length may change places.
+    in float32, by direct differences for "l2" and "l2sq": the neighbours are those of float32 arithmetic, duplicates
+    have distance 0, and for these two data far from the origin loses nothing. On a CPU a result depends on its query
+    and the rows it names, whatever else is in the batch or the database. With `exact=False` the screened values are
+    returned as they are: neighbours whose distances differ by less than about 1e-3 of the vectors' length may change
+    places.
 
     Args:
         queries: [n, D] with D >= 1, float32, bfloat16 or float16, any strides.

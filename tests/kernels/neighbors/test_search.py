@@ -59,6 +59,22 @@ def test_near_neighbours_far_from_the_origin() -> None:
     torch.testing.assert_close(got.double(), want.values, atol=1e-7, rtol=1e-6)
 
 
+@pytest.mark.parametrize("metric", ["dot", "cosine"])
+@pytest.mark.parametrize("offset", [1.0, 1e4, 1e6])
+def test_products_that_round_alike_are_those_of_float32(metric: str, offset: float) -> None:
+    """Few queries meet every row, many are screened around the mean of the rows, where products differ more."""
+    generator = torch.Generator().manual_seed(int(offset))
+    for width in (7, 40, 200):
+        rows = torch.randn(900, width, generator=generator) + offset * torch.randn(width, generator=generator)
+        queries = torch.randn(20, width, generator=generator)
+        many = find_neighbors(queries, rows, 6, metric)
+        few = [find_neighbors(query[None], rows, 6, metric) for query in queries]
+        for got, want in zip(many, zip(*few, strict=True), strict=True):
+            assert torch.equal(got, torch.cat(want))
+        best = maximize_by_segment(queries, rows, torch.tensor([0, 900]))[1]
+        assert metric == "cosine" or torch.equal(best[:, 0], many[1][:, 0])
+
+
 def test_a_row_too_long_for_the_sample_is_still_found() -> None:
     """The scale comes from a sample of rows; one enormous row outside it must not spoil the bounds."""
     x, q = normal(5000, 32), normal(40, 32, seed=1)
