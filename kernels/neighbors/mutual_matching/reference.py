@@ -5,12 +5,9 @@ import torch
 
 def direct(x: torch.Tensor, weight: float) -> torch.Tensor:
     """Rows of length `weight`; NaN where a row has no direction: it is zero, or holds NaN or infinity."""
-    x = x.double()
-    finite = x.isfinite().all(-1, keepdim=True)
-    x = torch.where(finite, x, 0)
-    length = (x * x).sum(-1, keepdim=True)
-    has_direction = length > 0
-    return torch.where(has_direction, x * (weight * torch.where(has_direction, length, 1).rsqrt()), torch.nan)
+    has_direction = x.isfinite().all(-1, keepdim=True) & (x != 0).any(-1, keepdim=True)
+    x = torch.where(has_direction, x.double(), 1)
+    return torch.where(has_direction, x * (weight * (x * x).sum(-1, keepdim=True).rsqrt()), torch.nan)
 
 
 def fuse(x: torch.Tensor, x2: torch.Tensor, weight: float, weight2: float) -> torch.Tensor:
