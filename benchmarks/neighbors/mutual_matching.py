@@ -48,8 +48,8 @@ def matrix(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
 def on_float32(a: torch.Tensor, b: torch.Tensor) -> Callable[[], Any]:
     """In float32, on the same values where ours takes bfloat16 (the conversion is not timed).
 
-    Rows rounded to bfloat16 are of unit length to 1e-4 only, which decides between the neighbours of a cluster: products
-    are cosines where the rows are brought to length one again. What is left is the rounding of the sums, about 1e-6.
+    Rows rounded to bfloat16 are of unit length to 1e-4 only, which decides between the neighbours of a cluster:
+    products are cosines where the rows are brought to length one again. What is left is the rounding of the sums, 1e-6.
     """
     x, y = (torch.nn.functional.normalize(z.float(), dim=1) for z in (a, b))
     return lambda: matrix(x, y)
