@@ -8,7 +8,6 @@ A launcher may choose by a size if the choice is the same for every size that th
 import contextlib
 import itertools
 import math
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -24,6 +23,7 @@ from planmill.engine.errors import PlanError, first_line
 from planmill.engine.manifest import DimRange
 from planmill.engine.plugins.launches import intercepted
 from planmill.engine.portable import symbols_of
+from planmill.errors import PlanmillError
 from planmill.kernels.common import cuda
 from planmill.kernels.common.spec import NAMESPACE, REGISTRY, OpSpec
 
@@ -158,7 +158,7 @@ def _traced(spec: OpSpec, choices: _Choices) -> Callable[..., Any]:
     def decompose(*args: Any, **kwargs: Any) -> Any:
         try:
             return _follow(spec, choices, args, kwargs)
-        except _NotTraced as reason:
+        except (_NotTraced, PlanmillError) as reason:
             message = str(reason)
         except _REFUSED as error:
             message = f"its launcher cannot be followed on unknown sizes: {type(error).__name__}: {first_line(error)}"
@@ -175,7 +175,7 @@ def _follow(spec: OpSpec, choices: _Choices, args: tuple, kwargs: dict[str, Any]
     every: list[Any] = [size for a in bound if isinstance(a, torch.Tensor) for size in a.shape]
     guards: list[Any] = next((size.node.shape_env.guards for size in every if isinstance(size, torch.SymInt)), [])
     known = len(guards)
-    with _no_cuda_source(), intercepted(_launch):
+    with cuda.followed(), intercepted(_launch):
         made = dispatch_functionalize(launcher, FunctionalTensorMode())(*bound)
     for guard in guards[known:]:
         choices.check(guard.expr)
@@ -185,24 +185,6 @@ def _follow(spec: OpSpec, choices: _Choices, args: tuple, kwargs: dict[str, Any]
 def _launch(kernel: Any, grid: Any, args: tuple, kwargs: dict[str, Any]) -> None:
     """A launch as a node of the graph."""
     torch.library.wrap_triton(kernel)[grid](*args, **kwargs)
-
-
-@contextlib.contextmanager
-def _no_cuda_source() -> Iterator[None]:
-    """CUDA C++ is launched by CuPy, which takes addresses; in this thread it says so."""
-    module: Any = cuda
-    original, mine = module.launch, threading.get_ident()
-
-    def instead(source: str, kernel: str, *args: Any) -> None:
-        if threading.get_ident() == mine:
-            raise _NotTraced(f"{kernel} is CUDA C++ (csrc/cuda/{source}), and a plan holds Triton kernels only")
-        original(source, kernel, *args)
-
-    module.launch = instead
-    try:
-        yield
-    finally:
-        module.launch = original
 
 
 def _must_write_apart(node: torch.fx.Node) -> None:

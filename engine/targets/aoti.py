@@ -172,7 +172,8 @@ def _settings(captured: Captured, options: Options) -> dict[str, Any]:
     if options.device == "cpu":
         return settings | {"cpp.dynamic_threads": True}
     # Strides are arguments of our kernels, fixed when they were traced: Inductor must not pad rows behind their back.
-    return settings | {"comprehensive_padding": False}
+    # Triton passes a Python float as float32, and kernels are written for that; torch 2.13 would compile for float64.
+    return settings | {"comprehensive_padding": False, "_use_fp64_for_unbacked_floats": False}
 
 
 def _check_schemas(captured: Captured) -> None:

@@ -5,7 +5,10 @@ device, so that a launch after the first can be captured in a CUDA graph. Source
 beside this package where it is installed, `csrc/cuda` where it is a checkout.
 """
 
+import contextlib
 import functools
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,23 @@ from planmill.errors import PlanmillError
 
 SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
 SHARED_BYTES = 48 << 10  # that a block gets without asking
+
+_this_thread = threading.local()
+
+
+@contextlib.contextmanager
+def followed() -> Iterator[None]:
+    """What this thread launches is made part of a plan, which holds Triton kernels and torch's operators only."""
+    before, _this_thread.followed = is_followed(), True
+    try:
+        yield
+    finally:
+        _this_thread.followed = before
+
+
+def is_followed() -> bool:
+    """Whether a launcher must do without CUDA C++."""
+    return getattr(_this_thread, "followed", False)
 
 
 @functools.cache
@@ -56,8 +76,10 @@ def launch(source: str, kernel: str, grid: int, threads: int, shared: int, *args
             tensor.
 
     Raises:
-        PlanmillError: CuPy is not installed.
+        PlanmillError: CuPy is not installed, or the launcher is made part of a plan.
     """
+    if is_followed():
+        raise PlanmillError(f"{kernel} is CUDA C++ (csrc/cuda/{source}), and a plan holds Triton kernels only")
     device = args[0].device.index  # type: ignore[union-attr]
     function = compiled(source, kernel, device)
     import cupy

@@ -22,6 +22,7 @@ from planmill.engine.capture import resized
 from planmill.engine.plugins.launches import intercepted, recorded
 from planmill.engine.substitution import launches, substitute_launches
 from planmill.kernels import OpSpec
+from planmill.kernels.common import cuda
 
 
 class NoDriver:
@@ -134,7 +135,7 @@ def launches_and_computes_alike(spec: OpSpec, args: tuple, made: Captured) -> bo
         ]
         given = iter(tensors)
         bound = tuple(next(given) if isinstance(a, torch.Tensor) else a for a in args)
-        with recorded() as eager:
+        with recorded() as eager, cuda.followed():
             launcher(*bound)
         with interpreted() as seen, torch.no_grad():
             got = as_tuple(program(*tensors))

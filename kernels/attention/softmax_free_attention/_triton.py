@@ -12,6 +12,8 @@ import triton.language as tl
 
 from planmill.kernels.attention.softmax_free_attention import _cuda
 from planmill.kernels.attention.softmax_free_attention.reference import HALVINGS, LARGEST_NORM
+from planmill.kernels.common import cuda
+from planmill.kernels.common.sizes import tuned_for
 from planmill.kernels.common.triton_checks import StaticKernel
 
 BLOCK_N, BLOCK_M = 32, 32  # queries and landmarks of a tile; a wider one spills, since float32 products are unrolled
@@ -185,7 +187,7 @@ def invert(
     if mode == "solve":
         return _cuda.invert_by_solving(landmarks, partials, ridge, normalize, SOLVE_THREADS)
     m = landmarks.shape[1]
-    fits = _cuda.newton_fits(m)
+    fits = _cuda.newton_fits(m) and not cuda.is_followed()
     if fits and not normalize:
         return _cuda.invert_newton(landmarks, landmarks[:0], partials, iterations, ridge, normalize, SOLVE_THREADS)
     distances = torch.cdist(landmarks, landmarks, compute_mode="donot_use_mm_for_euclid_dist")
@@ -216,7 +218,7 @@ def launch(
     centre = flat.mean(1)
     tiles = {"BLOCK_N": BLOCK_N, "BLOCK_M": BLOCK_M, "BLOCK_D": CHANNELS, "BLOCK_V": CHANNELS}
     m_blocks, v_blocks = triton.cdiv(m, BLOCK_M), triton.cdiv(dv, CHANNELS)
-    wanted = triton.cdiv(PROGRAMS, batch * heads * m_blocks * v_blocks)
+    wanted = triton.cdiv(PROGRAMS, tuned_for(batch * heads * m_blocks * v_blocks))
     run = triton.cdiv(triton.cdiv(tokens, wanted), BLOCK_N) * BLOCK_N
     splits = triton.cdiv(tokens, run)
     with torch.cuda.device_of(q):

@@ -8,6 +8,7 @@ from planmill.kernels.common import cuda
 
 SHARED_BYTES = 96 << 10  # for the counters; every architecture since sm_80 has as much
 MAX_WARPS = 32
+NO_ROW = 2**31 - 1  # no row is called that: kernels ask whether a row is below the number of rows
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ def sort_experts(indices: torch.Tensor, experts: int, size: int) -> Blocks:
     Raises:
         ValueError: more experts than one warp's counters can be held for, or more rows than an int32 addresses.
     """
+    if cuda.is_followed():
+        return _sort_with_operators(indices, experts, size)
     rows = indices.numel()
     bound = (rows + min(experts, rows) * (size - 1)) // size
     warps = min(MAX_WARPS, -(-rows // 32), SHARED_BYTES // (4 * experts) - 2)
@@ -50,3 +53,23 @@ def sort_experts(indices: torch.Tensor, experts: int, size: int) -> Blocks:
         indices, sorted_rows, expert, count, rows, experts, size.bit_length() - 1,
     )  # fmt: skip
     return Blocks(sorted_rows, expert, count, bound, size)
+
+
+def _sort_with_operators(indices: torch.Tensor, experts: int, size: int) -> Blocks:
+    """The same blocks by torch's operators, for a plan; what the launch above does not write is any number here."""
+    device, rows = indices.device, indices.numel()
+    expert = indices.reshape(-1).long()
+    expert = torch.where((expert >= 0) & (expert < experts), expert, experts)  # dropped rows come last
+    order = expert.argsort(stable=True)
+    counts = torch.zeros(experts + 1, dtype=torch.int64, device=device).scatter_add_(0, expert, torch.ones_like(expert))
+    blocks = ((counts + size - 1) // size)[:experts]
+    last = blocks.cumsum(0)
+    bound = (rows + experts * (size - 1)) // size
+    shift = torch.zeros_like(counts)  # from a row's place among all sorted rows to its place in its expert's blocks
+    shift[:experts] = (last - blocks) * size - (counts.cumsum(0) - counts)[:experts]
+    owner = expert[order]
+    place = torch.where(owner < experts, shift[owner] + torch.arange(rows, device=device), bound * size)
+    listed = torch.full((bound * size + 1,), NO_ROW, dtype=torch.int32, device=device)
+    listed = listed.scatter(0, place, order.int())[: bound * size]
+    ends = (last <= torch.arange(bound, device=device)[:, None]).sum(1)
+    return Blocks(listed, ends.clamp_max(experts - 1).int(), last[-1:].int(), bound, size)

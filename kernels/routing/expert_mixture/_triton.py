@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 import triton
 
+from planmill.kernels.common.sizes import tuned_for
 from planmill.kernels.common.triton_checks import PRODUCT_TARGETS, SHARED_LIMIT, StaticKernel
 from planmill.kernels.common.triton_match import capability_of, processors
 from planmill.kernels.routing.expert_mixture._cuda import Blocks, sort_experts
@@ -119,7 +120,8 @@ def _down(hidden: torch.Tensor, rows: int, down: torch.Tensor, bias: torch.Tenso
     columns, channels = down.shape[1:]
     constants, options = choose_tile(down.dtype, blocks.size, False, capability_of(down))
     depth, tiles = constants["BLOCK_K"], triton.cdiv(columns, constants["BLOCK_N"])
-    expected = max(min(rows, down.shape[0]), rows // blocks.size)
+    tuned = tuned_for(rows)
+    expected = max(min(tuned, down.shape[0]), tuned // blocks.size)
     splits, run = split_hidden(expected, tiles, channels, depth, 2 * processors(down))
     out = torch.empty(splits, rows, columns, dtype=torch.float32, device=down.device)
     down_kernel[(blocks.bound * tiles, splits)](
@@ -142,7 +144,7 @@ def launch(
         return out.zero_()
     indices, weights = indices.contiguous(), weights.contiguous()
     with torch.cuda.device_of(x):
-        blocks = sort_experts(indices, experts, rows_of_block(indices.numel(), experts, x.dtype))
+        blocks = sort_experts(indices, experts, rows_of_block(tuned_for(indices.numel()), experts, x.dtype))
         rows = _up(x, weights, fanout, up, up_bias, hidden, blocks, activation, weight_on_input)
         parts = _down(rows, indices.numel(), down, down_bias, blocks)
         combine_kernel[(tokens, triton.cdiv(columns, BLOCK_C))](

@@ -113,3 +113,14 @@ def test_which_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kernels.which("knn", "cuda").backend == "Triton"
     choice = kernels.which("expert_mixture", "cuda")
     assert (choice.backend, choice.missing) == ("none", ("cupy is not installed (pip install 'planmill[gpu]')",))
+
+
+def test_a_plan_holds_no_cuda_source() -> None:
+    with cuda.followed():
+        with cuda.followed():
+            pass
+        with pytest.raises(
+            PlanmillError, match=r"sort_experts is CUDA C\+\+ .csrc/cuda/routing/sort_experts.cu., and a pl"
+        ):
+            cuda.launch(SORT, "sort_experts", 1, 32, 0, torch.zeros(1))
+    assert not cuda.is_followed()

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from planmill import kernels
+from planmill.kernels.common import cuda
 from planmill.kernels.routing.expert_mixture import _cuda
 from planmill.kernels.routing.expert_mixture.cases import mixture
 
@@ -30,23 +31,42 @@ def draw_indices(rng: np.random.Generator, rows: int, experts: int) -> np.ndarra
     return rng.integers(-int(kind == 3), experts, rows)
 
 
-def check_sort(indices: np.ndarray, experts: int, size: int) -> None:
-    """Against a stable sort: every expert's rows in order, in whole blocks; what is left of one holds R."""
-    rows = len(indices)
-    found = _cuda.sort_experts(torch.from_numpy(indices.astype(np.int32))[:, None], experts, size)
-    want, owners = [], []
+def sorted_blocks(indices: np.ndarray, experts: int, size: int, empty: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and owners of blocks by a stable sort: an expert's rows in order; what is left of its last holds `empty`."""
+    want, owners = [np.empty(0, np.int64)], []
     order = np.argsort(indices, kind="stable")
     for expert in np.unique(indices[(indices >= 0) & (indices < experts)]):
         own = order[np.searchsorted(indices[order], expert) : np.searchsorted(indices[order], expert, "right")]
         blocks = -(-len(own) // size)
-        want += [own, np.full(blocks * size - len(own), rows)]
+        want += [own, np.full(blocks * size - len(own), empty)]
         owners += [expert] * blocks
+    return np.concatenate(want), np.array(owners, np.int64)
+
+
+def check_sort(indices: np.ndarray, experts: int, size: int) -> None:
+    found = _cuda.sort_experts(torch.from_numpy(indices.astype(np.int32))[:, None], experts, size)
+    want, owners = sorted_blocks(indices, experts, size, empty=len(indices))
     assert int(found.count[0]) == len(owners) <= found.bound
     assert found.rows.shape == (found.bound * size,)
-    lists = ((found.rows, np.concatenate([np.empty(0, np.int64), *want])), (found.expert, np.array(owners, np.int64)))
-    for got, expected in lists:
+    for got, expected in ((found.rows, want), (found.expert, owners)):
         np.testing.assert_array_equal(got.numpy()[: len(expected)], expected)
         assert (got.numpy()[len(expected) :] == -7).all(), "written past the last block"
+
+
+def test_a_plan_sorts_with_operators() -> None:
+    """The same blocks without the launch, down to what kernels read: they ask whether a row is below R."""
+    rng = np.random.default_rng(7)
+    for turn in range(120):
+        rows, experts, size = int(rng.integers(1, 300)), int(rng.choice([1, 2, 8, 33, 200])), SIZES[turn % 4]
+        indices = np.full(rows, -1) if turn == 0 else draw_indices(rng, rows, experts)
+        with cuda.followed():
+            found = _cuda.sort_experts(torch.from_numpy(indices.astype(np.int32))[:, None], experts, size)
+        want, owners = sorted_blocks(indices, experts, size, _cuda.NO_ROW)
+        assert int(found.count[0]) == len(owners) <= found.bound
+        assert found.rows.shape == (found.bound * size,)
+        assert found.rows.dtype == found.expert.dtype == found.count.dtype == torch.int32
+        np.testing.assert_array_equal(found.rows.numpy()[: len(want)], want)
+        np.testing.assert_array_equal(found.expert.numpy()[: len(owners)], owners)
 
 
 @pytest.fixture
