@@ -47,8 +47,7 @@ def launch(x: torch.Tensor, dictionary: torch.Tensor, steps: int) -> tuple[torch
             return values.fill_(torch.nan), indices.fill_(-1), residual
         best = torch.empty(tokens, 1, dtype=torch.float32, device=device)
         where = torch.empty(tokens, 1, dtype=torch.int32, device=device)
-        offsets = torch.full((2,), atoms, dtype=torch.int32, device=device)
-        offsets[:1].zero_()
+        offsets = torch.arange(2, dtype=torch.int32, device=device) * atoms
         match = Match(residual[None], dictionary[None], offsets, exact=True, dot=True)
         encoded = encode_database(match)
         for step in range(steps):
