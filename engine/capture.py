@@ -6,7 +6,7 @@ import inspect
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import sympy
 import torch
@@ -14,14 +14,12 @@ from torch._subclasses.fake_tensor import UnsupportedOperatorException
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental.symbolic_shapes import ConstraintViolationError, GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from planmill.engine.errors import PlanError, first_line
+from planmill.engine.layout import Layout, suitable_layout
 from planmill.engine.manifest import DimRange, Precision, TensorSpec
 
 Examples = torch.Tensor | Sequence[torch.Tensor] | Mapping[str, torch.Tensor]
-Layout = Literal["channels_last", "contiguous"]
 
 # What a user's model may raise on the wrong input; its own message is what helps.
 MODEL_ERRORS = (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, AssertionError)
@@ -152,7 +150,7 @@ def capture(
         for name, tensor in zip(names, tensors, strict=True)
     )
     reference = Boundary(model, keywords).eval()
-    found, dtypes, layout = _run_once(model, keywords, examples)
+    found, dtypes = _run_once(model, keywords, examples)
     boundary = reference
     if (half := _HALVES.get(precision)) is not None:
         boundary = Boundary(copy.deepcopy(model).to(half), keywords, half).eval()
@@ -164,6 +162,7 @@ def capture(
         raise PlanError(f"output_names: the model has {len(found)} outputs, got {len(output_names)} names")
     inputs, outputs = _specs(program, names, list(output_names or found), dims)
     ranges = {d.name: d.range for by_dim in dims.values() for d in by_dim.values()}
+    layout = suitable_layout(program, examples)
     return Captured(program, reference, inputs, outputs, ranges, examples, custom_ops(program), layout)
 
 
@@ -232,39 +231,16 @@ def _must_run(model: torch.nn.Module, examples: tuple[torch.Tensor, ...], how: s
         raise PlanError(f"the model does not run {how}: {type(error).__name__}: {first_line(error)}") from error
 
 
-class _Arithmetic(TorchDispatchMode):
-    """Counts floating-point operations; torch's FlopCounterMode trips over some models without gradients (2.13).
-
-    What a branch or a loop of torch's does inside is not counted.
-    """
-
-    pass
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = self.convolutions = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        packet = getattr(func, "_overloadpacket", None)
-        if packet in flop_registry:
-            flops = flop_registry[packet](*args, **(kwargs or {}), out_val=out)
-            self.total += flops
-            self.convolutions += flops if packet is torch.ops.aten.convolution else 0
-        return out
-
-
 def _run_once(
     model: torch.nn.Module, keywords: list[str] | None, examples: tuple[torch.Tensor, ...]
-) -> tuple[list[str], list[torch.dtype], Layout]:
-    """Run the model as it is: names and dtypes of its outputs, and the layout that suits it."""
+) -> tuple[list[str], list[torch.dtype]]:
+    """Run the model as it is: names and dtypes of its outputs."""
 
     class Structured(Boundary):
         def forward(self, *inputs: torch.Tensor) -> Any:
             return model(*inputs) if keywords is None else model(**dict(zip(keywords, inputs, strict=True)))
 
-    with _Arithmetic() as counted:
-        called = _must_run(Structured(model, keywords), examples, "on the example inputs")
+    called = _must_run(Structured(model, keywords), examples, "on the example inputs")
     names, dtypes = [], []
     for path, leaf in pytree.tree_leaves_with_path(called):
         if leaf is None:
@@ -276,7 +252,7 @@ def _run_once(
         dtypes.append(leaf.dtype)
     if not names:
         raise PlanError("the model returns no tensor")
-    return names, dtypes, "channels_last" if counted.convolutions * 2 > counted.total else "contiguous"
+    return names, dtypes
 
 
 def _export(

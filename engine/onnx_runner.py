@@ -5,6 +5,7 @@ precision is computed by its float32 twin.
 """
 
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import onnx.inliner
 import onnxruntime
 import torch
 from google.protobuf.message import DecodeError
-from onnx import GraphProto, ModelProto, NodeProto, helper
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, helper
 from onnxruntime.capi import onnxruntime_pybind11_state as failures
 
 from planmill.engine.errors import PlanError, first_line
@@ -61,22 +62,11 @@ class OnnxRunner:
         self._names = [value.name for value in model.graph.output]
         self._inputs = [value.name for value in model.graph.input]
         own = [node for graph in graphs_of(model.graph) for node in graph.node if node.domain == NAMESPACE]
-        if len(own) > sum(node.domain == NAMESPACE for node in model.graph.node):
-            raise PlanError(f"op {NAMESPACE}::{own[0].op_type} stands inside a loop or a branch: build without plugins")
         self._types = element_types(model.graph)
         if has_halves(self._types):
-            widen(model, self._types, lambda node: node.domain == NAMESPACE)
-        read = {name for node in own for name in node.input} | set(self._names)  # the rest stands in the segments
-        self._constants = {
-            tensor.name: torch.from_numpy(onnx.numpy_helper.to_array(tensor).copy())
-            for tensor in model.graph.initializer
-            if tensor.name in read
-        }
-        types = element_types(model.graph)  # after widening
-        stages = _stages(model.graph)
+            widen(model, self._types, _is_cut)
         with tempfile.TemporaryDirectory(prefix="planmill-") as folder:
-            self._segments = [_segment(model, types, stages, stage, Path(folder)) for stage in stages]
-        self._custom = [[node for node in stage if node.domain == NAMESPACE] for stage in stages]
+            self._graph = _Graph(model, model.graph, self._types, Path(folder))
         self.proof = _proof(own, {kind for kind in self._types.values() if kind in HALVES})
 
     def __call__(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -85,10 +75,50 @@ class OnnxRunner:
         Raises:
             PlanError: ONNX Runtime fails.
         """
-        values = dict(self._constants)
+        values = {}
         for name, x in zip(self._inputs, inputs, strict=True):
             values[name] = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        for segment, custom in zip(self._segments, self._custom, strict=True):
+        found = self._graph.compute(values)
+        return [
+            x.to(spec.torch_dtype) if self._types.get(name) in HALVES else x
+            for name, x, spec in zip(self._names, found, self._outputs, strict=True)
+        ]
+
+
+class _Graph:
+    """A graph, or one inside a node of another, cut at what ONNX Runtime does not know.
+
+    Args:
+        model: that it stands in.
+        graph: the graph.
+        types: of its values before `widen`.
+        folder: for files.
+    """
+
+    def __init__(self, model: ModelProto, graph: GraphProto, types: dict[str, int], folder: Path) -> None:
+        self._types = types
+        self._outputs = [value.name for value in graph.output]
+        self._inputs = [value.name for value in graph.input]
+        stages = _stages(graph)
+        known = element_types(model.graph)  # of the twin, where there is one
+        self._segments = [_segment(model, graph, stages, stage, known, folder) for stage in stages]
+        self._cut = [[node for node in stage if _is_cut(node)] for stage in stages]
+        read = {name for nodes in self._cut for node in nodes for name in _reads(node)} | set(self._outputs)
+        self._constants = {  # the rest stands in the segments
+            tensor.name: torch.from_numpy(onnx.numpy_helper.to_array(tensor).copy())
+            for tensor in graph.initializer
+            if tensor.name in read
+        }
+        self._bodies = {
+            id(node): [_Graph(model, body, types, folder) for body in bodies(node)]
+            for nodes in self._cut
+            for node in nodes
+        }
+
+    def compute(self, values: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        """The graph's outputs, of its inputs and of what it reads from around it."""
+        values = {**values, **self._constants}
+        for segment, cut in zip(self._segments, self._cut, strict=True):
             if segment is not None:
                 feeds = {name: values[name].detach().numpy() for name in segment.inputs}
                 try:
@@ -96,14 +126,12 @@ class OnnxRunner:
                 except _FAILURES as error:
                     raise PlanError(f"ONNX Runtime cannot compute the model: {first_line(error)}") from error
                 values |= zip(segment.outputs, map(torch.as_tensor, found), strict=True)
-            for node in custom:
-                self._call(node, values)
-        return [
-            values[name].to(spec.torch_dtype) if self._types.get(name) in HALVES else values[name]
-            for name, spec in zip(self._names, self._outputs, strict=True)
-        ]
+            for node in cut:
+                made = _COMPUTE.get(node.op_type, _Graph._call)(self, node, values)
+                values |= zip(node.output, made, strict=True)
+        return [values[name] for name in self._outputs]
 
-    def _call(self, node: NodeProto, values: dict[str, torch.Tensor]) -> None:
+    def _call(self, node: NodeProto, values: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
         """One op of ours, on inputs of the dtypes that the graph says."""
         spec = REGISTRY[node.op_type]
         tensors = [
@@ -112,8 +140,49 @@ class OnnxRunner:
         ]
         with torch.no_grad():
             found = spec.reference(*call_arguments(spec, node, tensors))
-        for name, x in zip(node.output, found if isinstance(found, tuple) else (found,), strict=True):
-            values[name] = x.float() if self._types.get(name) in HALVES else x
+        made = found if isinstance(found, tuple) else (found,)
+        return [x.float() if self._types.get(n) in HALVES else x for n, x in zip(node.output, made, strict=True)]
+
+    def _branch(self, node: NodeProto, values: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        """A branch with an op of ours in it."""
+        names = [attribute.name for attribute in node.attribute if attribute.type == AttributeProto.GRAPH]
+        wanted = "then_branch" if bool(values[node.input[0]]) else "else_branch"
+        return self._bodies[id(node)][names.index(wanted)].compute(values)
+
+    def _scan(self, node: NodeProto, values: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        """A loop with an op of ours in its body, along dimension 0."""
+        body = self._bodies[id(node)][0]
+        walked = next(attribute.i for attribute in node.attribute if attribute.name == "num_scan_inputs")
+        given = [values[name] for name in node.input]
+        state, xs = given[: len(given) - walked], given[len(given) - walked :]
+        steps = []
+        for now in zip(*xs, strict=True):
+            made = body.compute({**values, **dict(zip(body._inputs, [*state, *now], strict=True))})
+            state, step = made[: len(state)], made[len(state) :]
+            steps.append(step)
+        return [*state, *(torch.stack(ys) for ys in zip(*steps, strict=True))]
+
+
+_COMPUTE = {"If": _Graph._branch, "Scan": _Graph._scan}
+
+
+def _is_cut(node: NodeProto) -> bool:
+    """Whether a node is an op of ours, or has one inside.
+
+    Raises:
+        PlanError: it has one inside and is neither a branch nor a loop along dimension 0.
+    """
+    if node.domain == NAMESPACE:
+        return True
+    inner = [
+        n.op_type for body in bodies(node) for graph in graphs_of(body) for n in graph.node if n.domain == NAMESPACE
+    ]
+    if not inner:
+        return False
+    plain = all(not any(a.ints) for a in node.attribute if a.name.startswith("scan_"))
+    if node.op_type not in ("If", "Scan") or not plain:
+        raise PlanError(f"op {NAMESPACE}::{inner[0]} stands inside a {node.op_type}: build with --plugins none")
+    return True
 
 
 def read_onnx(path: Path) -> ModelProto:
@@ -145,7 +214,7 @@ def _reads(node: NodeProto) -> set[str]:
 
 
 def _stages(graph: GraphProto) -> list[list[NodeProto]]:
-    """The nodes by the number of our ops that they come after; ours stand last in their stage."""
+    """The nodes by the number of cuts that they come after; what is cut stands last in its stage."""
     level: dict[str, int] = {}
     stages: list[list[NodeProto]] = []
     for node in graph.node:
@@ -153,25 +222,30 @@ def _stages(graph: GraphProto) -> list[list[NodeProto]]:
         stages.extend([] for _ in range(stage + 1 - len(stages)))
         stages[stage].append(node)
         for name in node.output:
-            level[name] = stage + (node.domain == NAMESPACE)
+            level[name] = stage + _is_cut(node)
     return stages or [[]]
 
 
 def _segment(
-    model: ModelProto, types: dict[str, int], stages: list[list[NodeProto]], stage: list[NodeProto], folder: Path
+    model: ModelProto,
+    graph: GraphProto,
+    stages: list[list[NodeProto]],
+    stage: list[NodeProto],
+    types: dict[str, int],
+    folder: Path,
 ) -> "_Segment | None":
-    nodes = [node for node in stage if node.domain != NAMESPACE]
+    nodes = [node for node in stage if not _is_cut(node)]
     if not nodes:
         return None
     made = {name for node in nodes for name in node.output}
     read = {name for node in nodes for name in _reads(node)} - made
-    constants = [tensor for tensor in model.graph.initializer if tensor.name in read]
+    constants = [tensor for tensor in graph.initializer if tensor.name in read]
     inputs = sorted(read - {tensor.name for tensor in constants})
-    wanted = {value.name for value in model.graph.output}
+    wanted = {value.name for value in graph.output}
     for other in stages:
-        wanted |= {name for node in other if other is not stage or node.domain == NAMESPACE for name in _reads(node)}
+        wanted |= {name for node in other if other is not stage or _is_cut(node) for name in _reads(node)}
     outputs = sorted(made & wanted)
-    graph = helper.make_graph(
+    part_graph = helper.make_graph(
         nodes,
         "segment",
         [helper.make_tensor_value_info(name, types[name], None) for name in inputs],
@@ -179,7 +253,7 @@ def _segment(
         constants,
     )
     part = helper.make_model(
-        graph, opset_imports=model.opset_import, functions=model.functions, ir_version=model.ir_version
+        part_graph, opset_imports=model.opset_import, functions=model.functions, ir_version=model.ir_version
     )
     path = folder / "segment.onnx"
     onnx.save(part, path, save_as_external_data=part.ByteSize() > 1 << 30, location=f"{len(outputs)}.data")

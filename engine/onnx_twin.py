@@ -56,7 +56,7 @@ def widen(model: ModelProto, types: dict[str, int], keep: Callable[[NodeProto], 
         types: before.
         keep: nodes to leave alone but for the rounding, because others compute them.
     """
-    for graph in list(graphs_of(model.graph)):
+    for graph in reversed(list(graphs_of(model.graph))):  # the inner ones first: what is put back below is a copy
         for tensor in graph.initializer:
             if tensor.data_type in HALVES:
                 tensor.CopyFrom(numpy_helper.from_array(_wide(tensor), tensor.name))

@@ -1,18 +1,21 @@
 """Models as ONNX files under ONNX Runtime: with our ops by reference, without them, in half precision, damaged."""
 
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
 import torch
 from rich.console import Console
 from torch import nn
+from torch._higher_order_ops.scan import scan
 
 from planmill.cli.info import describe
-from planmill.engine import Captured, DynamicDim, Plan, PlanError, build, capture, targets
+from planmill.engine import Captured, DynamicDim, Plan, PlanError, build, capture, onnx_runner, targets
+from planmill.engine.manifest import TensorSpec
 from planmill.engine.onnx_export import OnnxModel, export_onnx
 from planmill.engine.onnx_runner import OnnxRunner
-from planmill.engine.targets import Built, Options, find_target
+from planmill.engine.targets import Built, Options, Plugins, find_target
 from planmill.engine.verify import TOLERANCES, draw_inputs, verify
 from planmill.kernels.attention import GatedLinearAttention, attend_linearly
 from planmill.kernels.moments import CovariancePooling
@@ -120,6 +123,95 @@ def test_mixed_dtypes_two_dimensions_and_sequences_of_any_length(tmp_path: Path)
     (tmp_path / "model.onnx.data").unlink()
     with pytest.raises(PlanError, match="no valid ONNX file"):
         OnnxRunner(model.path, captured.outputs)
+
+
+class Inside(nn.Module):
+    """An op of ours in a branch and in the body of a loop; float32 [B, T, 8] -> float32 [B, 2] and [T, B, 2]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = nn.Parameter(torch.randn(7, 8))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = self.rows
+
+        def near(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+            return torch.ops.planmill.knn(x, rows, 2, "l2", False, True)[0].to(x.dtype)
+
+        def far(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+            return 2 * x[:, :2]
+
+        def step(state: torch.Tensor, now: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            after = 0.5 * state + near(now, rows)
+            return after.clone(), after.clone()
+
+        first = x[:, 0]
+        chosen = torch.cond(first[0, 0] > 0, near, far, (first, rows))
+        return chosen, scan(step, torch.zeros_like(first[:, :2]), x.transpose(0, 1), dim=0)[1]
+
+
+@pytest.fixture(scope="module")
+def inside() -> nn.Module:
+    torch.manual_seed(0)
+    return Inside().eval()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plugins", ["python", "none"])
+def test_our_ops_inside_branches_and_loops(inside: nn.Module, tmp_path: Path, plugins: Plugins) -> None:
+    captured = capture(inside, torch.randn(3, 4, 8), dynamic=None, precision="fp16")
+    model = export_onnx(captured, tmp_path, plugins=plugins)
+    assert {"If", "Scan"} <= {node.op_type for node in onnx.load(model.path).graph.node}
+    runner = OnnxRunner(model.path, captured.outputs)
+    assert ("planmill::knn by reference" in runner.proof) == (plugins == "python")
+    x = torch.randn(3, 4, 8)
+    for sign in (1, -1):  # both branches
+        x[0, 0, 0] = sign
+        for got, want in zip(runner([x]), inside(x), strict=True):
+            torch.testing.assert_close(got, want, atol=1e-2, rtol=1e-2)
+
+
+def test_our_op_inside_a_branch_in_half_precision(tmp_path: Path) -> None:
+    """float16 x [3, 8] -> distances to two of 7 rows where the sum of x is positive, else two columns of x."""
+    make, half = onnx.helper.make_node, onnx.TensorProto.FLOAT16
+    torch.manual_seed(0)
+    rows = torch.randn(7, 8).half()
+
+    def branch(name: str, *nodes: onnx.NodeProto) -> onnx.GraphProto:
+        result = onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [3, 2])
+        return onnx.helper.make_graph(list(nodes), name, [], [result])
+
+    settings: dict[str, Any] = {"k": 2, "metric": "l2", "exclude_self": 0, "exact": 1}
+    near = branch("near", make("knn", ["x", "rows"], ["near", "index"], domain="planmill", **settings))
+    wide = make("Cast", ["halves"], ["far"], to=onnx.TensorProto.FLOAT)
+    far = branch("far", make("Slice", ["x", "begin", "end", "axis"], ["halves"]), wide)
+    nodes = [
+        make("ReduceSum", ["x"], ["sum"], keepdims=0),
+        make("Greater", ["sum", "zero"], ["positive"]),
+        make("If", ["positive"], ["y"], then_branch=near, else_branch=far),
+    ]
+    constants = {"rows": rows, "zero": torch.zeros(()).half()} | {
+        name: torch.tensor([value]) for name, value in (("begin", 0), ("end", 2), ("axis", 1))
+    }
+    graph = onnx.helper.make_graph(
+        nodes,
+        "branched",
+        [onnx.helper.make_tensor_value_info("x", half, [3, 8])],
+        [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [3, 2])],
+        [onnx.numpy_helper.from_array(value.numpy(), name) for name, value in constants.items()],
+    )
+    opsets = [onnx.helper.make_opsetid("", 20), onnx.helper.make_opsetid("planmill", 1)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10), str(tmp_path / "a.onnx"))
+    runner = OnnxRunner(tmp_path / "a.onnx", [TensorSpec(name="y", dtype="float32", shape=[3, 2])])
+    x = torch.rand(3, 8).half()
+    torch.testing.assert_close(runner([x])[0], torch.cdist(x.float(), rows.float()).sort(1).values[:, :2])
+    torch.testing.assert_close(runner([-x])[0], -x[:, :2].float())
+
+
+def test_our_op_inside_a_while_loop_is_one_error() -> None:
+    body = onnx.helper.make_graph([onnx.helper.make_node("knn", ["a"], ["b"], domain="planmill")], "body", [], [])
+    with pytest.raises(PlanError, match="op planmill::knn stands inside a Loop: build with --plugins none"):
+        onnx_runner._is_cut(onnx.helper.make_node("Loop", ["n", "c"], ["b"], body=body))
 
 
 def test_a_damaged_file_is_one_error(plain: tuple[Captured, OnnxModel], tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from torch import nn
 
 from planmill.engine import DynamicDim, Plan, PlanError, Session, build
 from planmill.engine.plugins import PLUGIN_VERSION
-from planmill.engine.targets import find_target
+from planmill.engine.targets import Plugins, find_target
 from planmill.engine.tensorrt.head import read_head
 from planmill.kernels.attention import GatedLinearAttention
 from planmill.kernels.moments import CovariancePooling
@@ -90,3 +90,34 @@ def test_a_payload_is_checked_before_the_gpu_is(with_plugins: Plan, tmp_path: Pa
     payload.write_bytes(payload.read_bytes()[:-1])
     with pytest.raises(PlanError, match="cut short"):
         find_target("tensorrt-rtx").load_payload(payload, with_plugins.manifest)
+
+
+class Branched(nn.Module):
+    """float32 [B, 8] -> float32 [B, 2]: an op of ours in a branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = nn.Parameter(torch.randn(7, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def near(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+            return torch.ops.planmill.knn(x, rows, 2, "l2", False, True)[0]
+
+        def far(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+            return 2 * x[:, :2]
+
+        return torch.cond(x.sum() > 0, near, far, (x, self.rows))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plugins", ["python", "none"])
+def test_an_op_inside_a_branch(tmp_path: Path, plugins: Plugins) -> None:
+    torch.manual_seed(0)
+    path = tmp_path / "a.plan"
+    plan = build(
+        Branched().eval(), torch.randn(3, 8), path, target="tensorrt-rtx", sms=(89,), plugins=plugins, dynamic=BATCH
+    )
+    said = plan.manifest.tensorrt
+    assert said is not None
+    assert said.layers["condition"] == 1
+    assert said.plugins == ({"knn": PLUGIN_VERSION} if plugins == "python" else {})

@@ -21,6 +21,7 @@ SPEC = OpSpec(
         ((x.shape[0], len(pair_heads(heads, pairing)), x.shape[2] // heads, x.shape[2] // heads), torch.float32)
     ],
     reference=head_covariance_reference,
+    portable="portable:head_covariance_portable",
     cases=cases,
     tolerances=dict.fromkeys((torch.float32, torch.bfloat16, torch.float16), (1e-5, 1e-5)),
     cpu="C++",
