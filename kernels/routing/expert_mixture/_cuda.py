@@ -65,8 +65,8 @@ def _sort_with_operators(indices: torch.Tensor, experts: int, size: int) -> Bloc
     blocks = ((counts + size - 1) // size)[:experts]
     last = blocks.cumsum(0)
     bound = (rows + experts * (size - 1)) // size
-    shift = torch.zeros_like(counts)  # from a row's place among all sorted rows to its place in its expert's blocks
-    shift[:experts] = (last - blocks) * size - (counts.cumsum(0) - counts)[:experts]
+    # From a row's place among all sorted rows to its place in its expert's blocks; dropped rows have none.
+    shift = torch.cat([(last - blocks) * size - (counts.cumsum(0) - counts)[:experts], counts[:1]])
     owner = expert[order]
     place = torch.where(owner < experts, shift[owner] + torch.arange(rows, device=device), bound * size)
     listed = torch.full((bound * size + 1,), NO_ROW, dtype=torch.int32, device=device)

@@ -47,8 +47,7 @@ def launch(
         slab = min(tokens, max(BLOCK_T, SLAB_BYTES // (8 * (groups + width + 1)) // BLOCK_T * BLOCK_T))
         table, slot = (torch.empty(slab, n, dtype=torch.int64, device=device) for n in (groups, width))
         bound = torch.empty(slab, dtype=torch.int64, device=device)
-        state = torch.zeros(3, tokens, dtype=torch.int32, device=device)
-        active, known, stored = state[0], state[1], state[2]
+        active, known, stored = (torch.zeros(tokens, dtype=torch.int32, device=device) for _ in range(3))
         given = (x, weight, bias.contiguous(), threshold.contiguous())
         strides = (*x.stride(), *weight.stride())
         options = {"MODE": MODES[mode], "HAS_BIAS": bias.shape[0] > 0, "BLOCK_T": BLOCK_T, "BLOCK_N": BLOCK_N,
