@@ -367,22 +367,15 @@ int64_t list_nearest(float* t, int64_t columns, RowStats left, StatsView right, 
     for (; mask != 0; mask &= mask - 1) found[count++] = static_cast<int32_t>(first) + __builtin_ctzll(mask);
   }
   if (rest == nullptr) return count;
-  for (int64_t c = 0; c < columns; c += V::kWidth) {
-    const auto upper = V::load(t + c);
-    others = V::max(V::where_positive(V::sub(limit, upper), upper, lowest), others);
-  }
+  for (int64_t c = 0; c < columns; c += V::kWidth)
+    others = V::max(V::where_positive(V::sub(limit, V::load(t + c)), V::load(t + c), lowest), others);
   *rest = V::max_lane(others);
   return count;
 }
 
 template <class V, int MR, int NV>
 constexpr ScreenKernels integer_kernels(const char* name, int64_t left_rows) {
-  return {name,
-          MR,
-          NV * V::kWidth,
-          false,
-          true,
-          left_rows,
+  return {name, MR, NV * V::kWidth, false, true, left_rows,
           &prepare<V>,
           &words_of_pairs<1>,
           &quantize_integers<V>,

@@ -147,9 +147,9 @@ def test_rows_left_out_change_nothing(level: str, monkeypatch: pytest.MonkeyPatc
     """Bounds, packed rows and partial sums against every row assigned in every round, bit for bit."""
     monkeypatch.setattr(in_rounds.segmented_min, "launch", minimize_by_segment)
     with kernels.cpu_capability(level):
-        for seed in range(42):
+        for seed in range(14):
             x, start = data(seed)
-            args = (x, start, 1 + seed % 12, 1e-3 * (seed % 2), seed % 4 < 2)
+            args = (x, start, 1 + seed % 9, 1e-3 * (seed % 2), seed % 4 < 2)
             for got, want in zip(torch.ops.planmill.kmeans(*args), in_rounds.launch(*args), strict=True):
                 assert torch.equal(got, want), f"seed {seed}"
 
