@@ -84,7 +84,7 @@ def fit_kmeans(
         A KMeansResult whose labels are those of its centres, ties to the lower index.
 
     Raises:
-        ValueError: wrong shapes, K outside 1 to n, a row that holds NaN or infinity, an unknown start or policy,
+        ValueError: wrong shapes, D = 0, K outside 1 to n, a row that holds NaN or infinity, an unknown start or policy,
             iterations below 1, a negative tolerance.
         TypeError: another dtype.
 
@@ -93,6 +93,8 @@ def fit_kmeans(
     check_rank(OP, "features", features, 2, "[n, D]")
     check_float(OP, "features", features)
     check_choice(OP, "empty", empty, POLICIES)
+    if features.shape[1] == 0:
+        raise ValueError(f"{OP}: features must be [n, D] with D at least 1, got {list(features.shape)}")
     if not 1 <= clusters <= features.shape[0]:
         raise ValueError(f"{OP}: clusters must be from 1 to the number of rows {features.shape[0]}, got {clusters}")
     if iterations < 1 or not tolerance >= 0:

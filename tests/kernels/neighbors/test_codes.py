@@ -235,6 +235,7 @@ def test_the_layer_assigns_as_the_fit_did() -> None:
         (lambda x: assign_codes(x, x, metric="l1"), "metric must be"),
         (lambda x: assign_codes(x[0, 0], x), r"features must be \[..., D\], got \[\]"),
         (lambda x: fit_kmeans(x, 0), "clusters must be from 1 to the number of rows 6, got 0"),
+        (lambda x: fit_kmeans(x[:, :0], 2), r"features must be \[n, D\] with D at least 1, got \[6, 0\]"),
         (lambda x: fit_kmeans(x, 7), "clusters must be from 1 to the number of rows 6, got 7"),
         (lambda x: fit_kmeans(x, 2, start=x[:3]), r"start must be \[2, 4\], got \[3, 4\]"),
         (lambda x: fit_kmeans(x, 2, start=torch.full((2, 4), torch.inf)), "start holds NaN or infinity"),
