@@ -16,6 +16,7 @@ from planmill.engine.tensorrt.head import read_head
 from planmill.engine.tensorrt.kernels import check_kernels, mark_nodes
 from planmill.engine.tensorrt.loops import keep_casts_outside
 from planmill.engine.tensorrt.process import Builder, start_builder
+from planmill.kernels.common.spec import NAMESPACE
 
 PAYLOAD = "tensorrt.engine"
 DEFAULT_SMS = (80, 86, 89, 120)
@@ -113,9 +114,11 @@ def check_dtypes(captured: Captured) -> None:
         if isinstance(value, torch.Tensor) and value.dtype not in DTYPES:
             users = [str(user.target) for user in node.users if user.op == "call_function"]
             where = str(node.target) if node.op == "call_function" else (users or [node.name])[0]
+            own = where.startswith(f"{NAMESPACE}.")  # what an op of ours is given in float64 it needs so: see its docs
+            way_out = "" if own else "cast to float32 or int64 in the model, or "
             raise PlanError(
-                f"TensorRT has no {str(value.dtype).removeprefix('torch.')}, which op {where} takes or gives: cast to "
-                "float32 or int64 in the model, or build with --target aoti"
+                f"TensorRT has no {str(value.dtype).removeprefix('torch.')}, which op {where} takes or gives: {way_out}"
+                "build with --target aoti"
             )
 
 

@@ -13,12 +13,17 @@ import torch
 from torch import nn
 
 from planmill import kernels
-from planmill.engine import Captured, PlanError
+from planmill.engine import Captured, PlanError, capture
 from planmill.engine.manifest import DimRange, TensorSpec
 from planmill.engine.onnx_export import export_onnx
 from planmill.engine.onnx_ops import call_arguments, encode, schema_of
+from planmill.engine.onnx_runner import OnnxRunner
 from planmill.engine.plugins.fields import shortest_float
 from planmill.engine.portable import lower
+from planmill.engine.targets import Options
+from planmill.engine.tensorrt.loops import keep_casts_outside
+from planmill.engine.tensorrt.plan import build_onnx
+from planmill.engine.tensorrt.process import start_builder
 from planmill.kernels.common.spec import OpSpec
 from planmill.kernels.neighbors.mutual_score.portable import mean_between
 from planmill.kernels.neighbors.mutual_score.reference import interval
@@ -29,9 +34,11 @@ FAMILIES = sorted({spec.family for spec in PORTABLE})
 
 
 @functools.cache
-def _arguments(name: str) -> tuple:
-    case = next(case for case in kernels.ops()[name].cases() if case.compiled)
-    return case.make(torch.float32, torch.Generator().manual_seed(0))
+def _arguments(name: str, dtype: torch.dtype = torch.float32) -> tuple:
+    every = kernels.ops()[name].cases()
+    made = (c.make(dtype, torch.Generator().manual_seed(0)) for c in every if c.compiled and dtype in c.dtypes)
+    others = (c.make(dtype, torch.Generator().manual_seed(0)) for c in every if dtype in c.dtypes)
+    return next(made, None) or next(args for args in others if all(x.numel() for x in tensors_of(args)[:1]))
 
 
 def arguments(spec: OpSpec) -> tuple:
@@ -70,6 +77,19 @@ class Calls(nn.Module):
         return tuple(outputs)
 
 
+class OneCall(nn.Module):
+    """An op on the tensors given; what is empty is its own."""
+
+    def __init__(self, spec: OpSpec, args: tuple) -> None:
+        super().__init__()
+        self.spec, self.args = spec, args
+
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        given = iter(tensors)
+        args = (next(given) if isinstance(a, torch.Tensor) and a.numel() else a for a in self.args)
+        return as_tuple(self.spec.op(*args))
+
+
 def captured_calls(specs: list[OpSpec], *, dynamic: bool) -> Captured:
     """A program of `specs`; with `dynamic`, what has the first dimension of an op's first float tensor varies in it."""
     tensors, shapes = [], []
@@ -105,8 +125,8 @@ def run_onnx(path: Path, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
     return [torch.from_numpy(numpy.array(x)) for x in session.run(None, feeds)]
 
 
-def assert_parity(spec: OpSpec, args: tuple, got: tuple, want: tuple) -> None:
-    atol, rtol = spec.tolerances[torch.float32]
+def assert_parity(spec: OpSpec, args: tuple, got: tuple, want: tuple, dtype: torch.dtype = torch.float32) -> None:
+    atol, rtol = spec.tolerances[dtype]
     for g, w in zip(got, want, strict=True):
         assert (g.dtype, g.shape) == (w.dtype, w.shape), spec.name
     if spec.compare is not None:
@@ -135,6 +155,24 @@ def test_lowered_to_standard_operators(family: str, tmp_path: Path) -> None:
         args = arguments(spec)
         want = as_tuple(spec.reference(*args))
         assert_parity(spec, args, tuple(next(outputs) for _ in want), want)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("spec", PORTABLE, ids=lambda spec: spec.name)
+def test_tensorrt_builds_every_op_without_plugins(spec: OpSpec, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Each op alone through TensorRT-RTX's builder, and under ONNX Runtime against its reference."""
+    args = _arguments(spec.name, dtype)
+    tensors = [x.contiguous() for x in tensors_of(args) if x.numel()]
+    captured = capture(OneCall(spec, args).eval(), tensors, dynamic=None)
+    with start_builder(tmp_path) as builder:
+        model = export_onnx(captured, tmp_path, plugins="none")
+        keep_casts_outside(model.path)
+        want = as_tuple(spec.reference(*args))
+        got = tuple(OnnxRunner(model.path, captured.outputs)(tensors))
+        assert_parity(spec, args, got, want, dtype)
+        built = build_onnx(builder, model, captured.inputs, {}, Options(plugins="none", sms=(89,)), "tensorrt_rtx")
+    assert built.plugins == {}
 
 
 def test_a_node_holds_the_arguments(tmp_path: Path) -> None:

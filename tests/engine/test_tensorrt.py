@@ -16,10 +16,11 @@ from torch import nn
 
 from planmill.engine import DynamicDim, PlanError, capture
 from planmill.engine.manifest import DimRange, TensorSpec
-from planmill.engine.targets import Options
+from planmill.engine.targets import Options, Plugins
 from planmill.engine.tensorrt import builder, head, plan, process
 from planmill.engine.tensorrt.builder import Job, Report
 from planmill.errors import PlanmillError
+from planmill.kernels.neighbors import GridIndex
 
 WEIGHT = np.arange(6 * 40, dtype=np.float32).reshape(6, 40) / 100
 
@@ -217,6 +218,26 @@ def test_float64_is_refused_by_name(tmp_path: Path) -> None:
     captured = capture(InDouble().eval(), torch.randn(2, 4), dynamic=DynamicDim("batch", 1, 2, 4))
     with pytest.raises(PlanError, match=r"TensorRT has no float64, which op aten.* takes or gives: cast to float32"):
         plan.compile_captured(captured, tmp_path, Options(), "tensorrt_rtx")
+
+
+class Constrained(nn.Module):
+    """Queries [B, 4] at positions [B, 2] among 9 rows; positions are compared in float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.index = GridIndex(torch.randn(9, 4), positions=torch.rand(9, 2), radius=0.5)
+
+    def forward(self, x: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+        return self.index(x, 2, positions=at)[0]
+
+
+@pytest.mark.parametrize("plugins", ["python", "none"])
+def test_a_search_by_position_is_refused_by_name(tmp_path: Path, plugins: Plugins) -> None:
+    captured = capture(Constrained().eval(), [torch.randn(2, 4), torch.rand(2, 2)], dynamic=None)
+    with pytest.raises(
+        PlanError, match=r"no float64, which op planmill.constrained_search.*: build with --target"
+    ):
+        plan.compile_captured(captured, tmp_path, Options(plugins=plugins), "tensorrt_rtx")
 
 
 def test_options_that_do_not_fit_the_library(tmp_path: Path) -> None:
