@@ -234,9 +234,7 @@ class Constrained(nn.Module):
 @pytest.mark.parametrize("plugins", ["python", "none"])
 def test_a_search_by_position_is_refused_by_name(tmp_path: Path, plugins: Plugins) -> None:
     captured = capture(Constrained().eval(), [torch.randn(2, 4), torch.rand(2, 2)], dynamic=None)
-    with pytest.raises(
-        PlanError, match=r"no float64, which op planmill.constrained_search.*: build with --target"
-    ):
+    with pytest.raises(PlanError, match=r"no float64, which op planmill.constrained_search.*: build with --target"):
         plan.compile_captured(captured, tmp_path, Options(plugins=plugins), "tensorrt_rtx")
 
 
