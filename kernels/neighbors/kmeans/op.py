@@ -10,6 +10,7 @@ from planmill.kernels.neighbors.kmeans.cases import cases, compare
 from planmill.kernels.neighbors.kmeans.reference import kmeans_reference
 from planmill.kernels.neighbors.kmeans.result import KMeansResult
 from planmill.kernels.neighbors.kmeans.start import draw_rows, spread_rows
+from planmill.kernels.neighbors.knn.portable import scale_of
 
 SPEC = OpSpec(
     schema=(
@@ -106,8 +107,13 @@ def fit_kmeans(
     if not bool(x.isfinite().all()):
         row = int(x.isfinite().all(1).int().argmin())
         raise ValueError(f"{OP}: features hold NaN or infinity in row {row}")
+    size = scale_of(x)  # squares stay in range, and no bit of a normal number changes
+    x = x / size
     centers = first_centers(x, clusters, start, seed)
+    if isinstance(start, torch.Tensor):
+        centers = centers / size
     least = tolerance * float(x.var(0, correction=0).double().mean()) if tolerance > 0 else 0.0
     found = (_op if is_compiling() else _call)(x, centers, iterations, least, empty == "relocate")
     centers, distances, labels, rounds = found
-    return KMeansResult(centers, labels, float(distances.double().square().sum()), int(rounds))
+    inertia = distances.double().square().sum() * size.double().square()
+    return KMeansResult(centers * size, labels, float(inertia), int(rounds))

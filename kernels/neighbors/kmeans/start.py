@@ -20,16 +20,14 @@ def spread_rows(features: torch.Tensor, clusters: int, generator: torch.Generato
     x = features - features.double().mean(0).to(features.dtype)
     lengths = x.square().sum(1)
     row = torch.randint(n, (1,), generator=generator).to(x.device)
-    chosen, nearest = [row], torch.full((n, 1), torch.inf, device=x.device)
-    for _ in range(clusters):
-        row = chosen[-1]
-        squared = lengths[:, None] + lengths[row] - 2 * x @ x[row].T
-        nearest = torch.minimum(nearest, squared.clamp_min(0)).index_fill(0, row, 0)
-        if len(chosen) == clusters:
-            break
+    chosen = [row]
+    nearest = (lengths[:, None] + lengths[row] - 2 * x @ x[row].T).clamp_min(0).index_fill(0, row, 0)
+    while len(chosen) < clusters:
         sums = nearest[:, 0].double().cumsum(0)
         drawn = torch.rand(trials, dtype=torch.float64, generator=generator).to(x.device) * sums[-1]
         rows = torch.searchsorted(sums, drawn, right=True).clamp_max(n - 1)
         left = torch.minimum(nearest, lengths[:, None] + lengths[rows] - 2 * x @ x[rows].T).clamp_min(0)
-        chosen.append(rows[left.sum(0, dtype=torch.float64).argmin()][None])
+        best = left.sum(0, dtype=torch.float64).argmin()[None]
+        chosen.append(rows[best])
+        nearest = left[:, best].index_fill(0, rows[best], 0)
     return torch.cat(chosen)

@@ -164,6 +164,15 @@ def lloyd_keeping(x: np.ndarray, centers: np.ndarray, iterations: int) -> np.nda
     return centers
 
 
+@pytest.mark.parametrize("scale", [2.0**80, 2.0**-80])
+def test_units_do_not_matter(scale: float) -> None:
+    x = normal(300, 6) + 4 * (torch.arange(300) % 3)[:, None]
+    wanted, got = fit_kmeans(x, 5, seed=1), fit_kmeans(x * scale, 5, seed=1)
+    assert torch.equal(got.labels, wanted.labels)
+    assert torch.equal(got.centers, wanted.centers * scale)
+    assert got.inertia == wanted.inertia * scale**2
+
+
 def test_policies_for_empty_clusters() -> None:
     x = normal(200, 3)
     start = torch.cat([x[:4], 100 + normal(2, 3)])
