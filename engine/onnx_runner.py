@@ -4,6 +4,7 @@ ONNX Runtime does not know our ops, so the graph is cut at them: what lies betwe
 precision is computed by its float32 twin.
 """
 
+import math
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -256,7 +257,8 @@ def _segment(
         part_graph, opset_imports=model.opset_import, functions=model.functions, ir_version=model.ir_version
     )
     path = folder / "segment.onnx"
-    onnx.save(part, path, save_as_external_data=part.ByteSize() > 1 << 30, location=f"{len(outputs)}.data")
+    bytes_at_most = 8 * sum(math.prod(tensor.dims) for tensor in constants)  # beyond 2 GiB a protobuf has no ByteSize
+    onnx.save(part, path, save_as_external_data=bytes_at_most > 1 << 30, location=f"{len(outputs)}.data")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = torch.get_num_threads()
