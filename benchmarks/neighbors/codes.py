@@ -139,7 +139,7 @@ CASES = [
         for rows, codes, width in ((10000, 8192, 32), (10000, 1024, 384), (20000, 64, 64))
     ),
     Case(
-        op="segmented_min",
+        op="kmeans",
         id="fit_kmeans-n20000-K256-D128-10-rounds",
         make=make(20000, 256, 128),
         small=make(2000, 32, 128),

@@ -23,9 +23,9 @@ def columns_of_tile(exact: bool, radius: bool, capability: int = 90) -> int:
     return 64 if exact or radius or capability >= 100 else 128
 
 
-def settle_warps(symmetric: bool, indices: bool) -> int:
-    """Where rows, columns and their indices are all kept, four warps have too few registers."""
-    return 8 if symmetric and indices else 4
+def settle_warps(*, symmetric: bool, indices: bool, dot: bool) -> int:
+    """Where indices are kept beside rows and columns, or beside distances, four warps have too few registers."""
+    return 8 if indices and (symmetric or not dot) else 4
 
 
 def capability_of(x: torch.Tensor) -> int:
@@ -154,7 +154,7 @@ def _settle(
         *match.rows.stride(), *match.database.stride(),
         EXACT=match.exact, SYMMETRIC=match.symmetric, RADIUS=match.radius2 >= 0, DOT=match.dot,
         INDICES=out_where is not None, BLOCK_R=SETTLE_ROWS, BLOCK_C=SETTLE_C, BLOCK_Q=SETTLE_Q,
-        num_warps=settle_warps(match.symmetric, out_where is not None),
+        num_warps=settle_warps(symmetric=match.symmetric, indices=out_where is not None, dot=match.dot),
     )  # fmt: skip
 
 

@@ -108,10 +108,11 @@ def streams_and_prototypes() -> Model:
     return nn.Sequential(TwoStreams(), Prototypes()), torch.randn(2, 10, 8), ops
 
 
-SLOW = [pytest.param(make, marks=pytest.mark.slow) for make in (images, selections, streams_and_prototypes)]
+MODELS = (recurrences, images, selections, streams_and_prototypes)
 
 
-@pytest.mark.parametrize("make", [recurrences, *SLOW], ids=lambda make: make.__name__)
+@pytest.mark.slow
+@pytest.mark.parametrize("make", MODELS, ids=lambda make: make.__name__)
 def test_plan(make: Callable[[], Model], tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, x, ops = make()

@@ -51,6 +51,7 @@ def test_a_program_launches_what_the_launchers_do() -> None:
     assert "\n" not in refused
 
 
+@pytest.mark.slow
 def test_a_package_holds_the_kernels(tmp_path: Path) -> None:
     facts = run("compile_launches.py", str(tmp_path), "slot_weights")["slot_weights"]
     assert facts["kernels"] == {"column_kernel": 1, "row_kernel": 1}

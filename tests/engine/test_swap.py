@@ -124,6 +124,7 @@ def test_plan_of_an_accelerated_model(published: Encoder, tmp_path: Path) -> Non
         torch.testing.assert_close(logits, published(x), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_plan_of_an_accelerated_model_of_timm(tmp_path: Path) -> None:
     from timm.layers.halo_attn import HaloAttn
 

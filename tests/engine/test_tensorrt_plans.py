@@ -66,6 +66,7 @@ def test_our_ops_are_plugins_in_the_plan(with_plugins: Plan, tmp_path: Path) -> 
     assert all(name.encode() in data for name in OPS)
 
 
+@pytest.mark.slow
 def test_without_plugins_in_half_precision(model: nn.Module, tmp_path: Path) -> None:
     """The attention's Scan is one that TensorRT-RTX 1.7.1.116 gets wrong as it stands: see engine/tensorrt/loops.py."""
     plan = build(

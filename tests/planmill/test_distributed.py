@@ -79,6 +79,7 @@ def test_merged_lists_are_those_of_the_whole(metric: str) -> None:
         same((distances, index.int()), find_neighbors(queries, rows, k, metric))
 
 
+@pytest.mark.slow
 def test_bank_and_its_search(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     rows = rows_of(1500, 72).clamp(-20, 20).nan_to_num()
     bank = MemoryBank(rows, extractor="x")

@@ -287,6 +287,7 @@ def pooled(layer: np.ndarray) -> np.ndarray:
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
+@pytest.mark.slow
 def test_a_bank_is_used_and_extended_in_other_processes(root: Path, banked: Inspection, tmp_path: Path) -> None:
     bank = tmp_path / "parts.safetensors"
     shutil.copy(root / "parts.safetensors", bank)

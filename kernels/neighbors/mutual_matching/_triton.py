@@ -89,6 +89,6 @@ STATIC = [  # the rest stands in kernels/common/triton_match.py and in knn
         constants={"EXACT": True, "SYMMETRIC": True, "RADIUS": False, "DOT": False, "INDICES": True,
                    "BLOCK_R": SETTLE_ROWS, "BLOCK_C": SETTLE_C, "BLOCK_Q": SETTLE_Q,
                    "x_stride_c": 1, "y_stride_c": 1},
-        num_warps=settle_warps(symmetric=True, indices=True),
+        num_warps=settle_warps(symmetric=True, indices=True, dot=False),
     )
 ]  # fmt: skip

@@ -61,12 +61,15 @@ extern "C" __global__ void bad(float* x, long long n, const int* where) {
 """
 
 
+LONG = ("attention", "routing")  # most of a minute each
+
+
 def run(*command: str) -> subprocess.CompletedProcess[str]:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, check=False)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [pytest.param(f, marks=pytest.mark.slow if f in LONG else ()) for f in FAMILIES])
 def test_every_kernel_that_ships(family: str) -> None:
     result = run("-m", "planmill.kernels.common.triton_checks", family)
     assert result.stdout, result.stderr
