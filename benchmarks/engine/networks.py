@@ -157,7 +157,12 @@ def _openvino(hint: str) -> Callable[..., Callable[[], Any]]:
         compiled = openvino.Core().compile_model(model, "CPU", config)
         request = compiled.create_infer_request()
         arrays = [openvino.Tensor(x.numpy(), shared_memory=True) for x in inputs]
-        return lambda: [request.infer(arrays, share_outputs=False)[port] for port in compiled.outputs]
+
+        def call() -> list:
+            found = request.infer(arrays, share_outputs=False)
+            return [found[port] for port in compiled.outputs]
+
+        return call
 
     return prepare
 
