@@ -1,8 +1,10 @@
 """AOTInductor: a program -> a package with one shared library, weights inside.
 
-Weights are frozen: folded into constants, batch norm into its convolution, packed where a library packs. Channels-last
-is chosen by what the model spends its time on: for a convolutional model Inductor keeps activations in that layout from
-the first convolution to the last; for a transformer with one patch convolution it costs more than it brings.
+Weights of convolutions and of 16-bit models are frozen: folded into constants, batch norm into its convolution, packed
+where a library packs. A float32 model that is mostly linear layers keeps them as they are: packed, they were 1.3 times
+slower (benchmarks/NOTES.md). Channels-last is chosen by what the model spends its time on: for a convolutional model
+Inductor keeps activations in that layout from the first convolution to the last; for a transformer with one patch
+convolution it costs more than it brings.
 The number of threads is read when the plan runs (torch.set_num_threads), not when it is built.
 
 For a GPU the program is moved there first, and then our ops become the Triton launches behind them (or what else
@@ -168,7 +170,9 @@ class GpuRunner:
 
 def _settings(captured: Captured, options: Options) -> dict[str, Any]:
     """Inductor's settings that are not its defaults."""
-    settings = {"freezing": True, "layout_optimization": captured.layout == "channels_last"}
+    last = captured.layout == "channels_last"
+    half = any(value.itemsize == 2 and value.is_floating_point() for value in captured.program.state_dict.values())
+    settings = {"freezing": last or half or options.device != "cpu", "layout_optimization": last}
     if options.device == "cpu":
         return settings | {"cpp.dynamic_threads": True}
     # Strides are arguments of our kernels, fixed when they were traced: Inductor must not pad rows behind their back.
