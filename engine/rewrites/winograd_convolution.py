@@ -3,8 +3,8 @@
     W x = A^T [(G W G^T) * (B^T x B)] A    tile by tile (Lavin and Gray, CVPR 2016)
 
 Exact within the rounding of float32, in which alone it fires: 16-bit convolutions have units of their own. A NaN or an
-infinity in an image reaches every output of its tile. Only where the sums over channels are long enough, and the tiles
-many enough, that transforms and kernels 36 / r^2 times as large do not eat what the products save.
+infinity in an image may reach every output of its tile. Only where the sums over channels are long enough, and the
+tiles many enough, that transforms and kernels 36 / r^2 times as large do not eat what the products save.
 """
 
 import torch

@@ -73,6 +73,7 @@ def compile_program(captured: Captured, folder: Path, options: Options) -> Built
             torch._inductor.aoti_compile_and_package(
                 captured.program, package_path=str(path), inductor_configs=_settings(captured, options)
             )
+    # NotImplementedError: torch's own word for an op that a device has no kernel for.
     except (OperatorIssue, InductorError, NotImplementedError, CppCompileError) as error:
         raise PlanError(
             f"target aoti cannot lower {_operator(captured, error)}: {first_line(error)}: write that step with other "

@@ -26,7 +26,7 @@ LARGEST_ASPECT_FACTOR = 4.0
 THUMBNAIL_SIDE = 256
 
 # What Pillow's decoders raise on damaged files, by format: SyntaxError (PNG), struct and index errors are ValueError,
-# IndexError and EOFError, the bomb is its own class.
+# IndexError and EOFError, a variant that it does not read NotImplementedError; the bomb is its own class.
 _UNREADABLE = (
     OSError,
     SyntaxError,

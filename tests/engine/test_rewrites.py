@@ -170,16 +170,6 @@ FIRES = {
         ["upsample_last"],
         lambda: of_images(lambda m, x: m.c(up(x, (24, 24), "nearest")), (8, 12, 12), c=conv(8, 4, 1)),
     ),
-    "winograd-behind-a-norm": (
-        ["affine_into_output", "winograd_convolution"],
-        lambda: of_images(
-            lambda m, x: m.d(F.relu(m.n(m.c(x)))),
-            (32, 16, 13),
-            c=conv(32, 40, 3, padding=1, bias=False),
-            n=nn.BatchNorm2d(40),
-            d=conv(40, 33, 4, padding=2),
-        ),
-    ),
     "view-behind-it": (
         ["upsample_last"],
         lambda: of_images(lambda m, x: m.c(up(x, (24, 24))).view(x.shape[0], -1), (8, 12, 12), c=conv(8, 4, 1)),
@@ -246,18 +236,6 @@ def twice(layer: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> tup
 
 
 ALONE = {
-    "convolutions-that-winograd-is-not-for": lambda: of_images(
-        lambda m, x: (m.a(x), m.b(x), m.c(x), m.d(x), m.e(x[:, :31]), m.f(x), m.g(x[:, :, :8]), m.h(x[0])),
-        (32, 16, 16),
-        a=conv(32, 32, 3, stride=2),
-        b=conv(32, 32, 3, dilation=2),
-        c=conv(32, 32, 3, groups=2),
-        d=conv(32, 32, (3, 2)),
-        e=conv(31, 32, 3),
-        f=conv(32, 32, 3, padding=(1, 0)),
-        g=conv(32, 32, 3),
-        h=conv(32, 32, 3),
-    ),
     "zeros-around-two-ways": lambda: of_images(
         lambda m, x: (lambda y: (m.a(y), m.b(y)))(normalized(x) - 1), a=conv(3, 4, 3, padding=1), b=conv(3, 4, 3)
     ),
@@ -365,19 +343,6 @@ def test_fp16_keeps_what_would_not_fit(scale: float) -> None:
     captured = capture(model, x, dynamic=SMALL, precision="fp16")
     assert rewrite(captured) is captured
     assert rewrite(capture(model, x, dynamic=SMALL, precision="bf16")).rewrites == ["affine_into_output"]
-
-
-@torch.no_grad()
-def test_one_mean_pads_images_of_any_size() -> None:
-    model, x = of_images(lambda m, x: m.c(2 * x - 1), c=conv(3, 4, 3, padding=1))
-    sizes = {"x": {2: DynamicDim("height", 5, 12, 20)}}
-    rewritten = rewrite(capture(model, x, dynamic=sizes), PASSES)
-    assert rewritten.rewrites == ["normalization_into_padding"]
-    sample = torch.randn(3, 3, 7, 12)
-    torch.testing.assert_close(rewritten.program.module()(sample)[0], model(sample))
-    model, x = of_images(lambda m, x: m.c(x - MEAN), c=conv(3, 4, 3, padding=1))  # a border of each channel's own
-    captured = capture(model, x, dynamic=sizes)
-    assert rewrite(captured, PASSES) is captured
 
 
 def test_bf16_subtracts_first() -> None:
