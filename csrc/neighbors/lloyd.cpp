@@ -1,3 +1,4 @@
+// Lloyd's iteration over rows that are packed once; bounds leave out the rows whose label cannot change.
 #include "common/torch_headers.h"
 
 #include <cstring>
@@ -13,8 +14,7 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLowest = -3.0e38f;
 constexpr int64_t kProducts = int64_t{1} << 20;  // of a block, at most
 constexpr int64_t kTask = 1 << 16;               // numbers that are worth a thread
-
-constexpr double kMovedShare = 0.75;              // of the centres; where more moved, rows meet all
+constexpr double kMovedShare = 0.75;             // of the centres; where more moved, rows meet all
 
 // The nearest centre, and how far the next one is. Ties go to the lower index.
 struct Choice {

@@ -67,7 +67,7 @@ def build(
     ] = False,
     rewrite: Annotated[
         bool,
-        typer.Option("--rewrite/--no-rewrite", help="Fold and merge what is exact: norms, linear layers, resizing."),
+        typer.Option("--rewrite/--no-rewrite", help="Exact rewrites: folded norms, merged layers, fewer products."),
     ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
 ) -> None:
