@@ -61,6 +61,8 @@ def test_other_convolutions_stay_as_they_are() -> None:
 class Centred(nn.Module):
     """A padded convolution of an image less its mean, of all channels or of each."""
 
+    mean: torch.Tensor
+
     def __init__(self, *mean: float) -> None:
         super().__init__()
         self.convolution = nn.Conv2d(3, 4, 3, padding=1)
