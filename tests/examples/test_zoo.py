@@ -1,13 +1,13 @@
 """The zoo: public checkpoints load under their published names, and the networks compute what the published ones do.
 
-Oracle of EfficientAD: anomalib's EfficientAdModel (Apache-2.0). SimpleNet is compared with the unfold-and-pool form of
-its paper, restated here.
+Oracles: anomalib's EfficientAdModel (Apache-2.0) and DraemModel (Apache-2.0; its networks are VitjanZ's, MIT).
+SimpleNet is compared with the unfold-and-pool form of its paper, restated here.
 """
 
 import copy
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -52,18 +52,32 @@ def simple_net() -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def anomalib_ad() -> Iterator[ModuleType]:
-    """anomalib's own module of the networks, without the ten seconds that importing the whole package takes."""
+def draem() -> ModuleType:
+    """draem.py"""
+    return load_file("zoo_draem", ZOO / "draem.py")
+
+
+@pytest.fixture(scope="module")
+def anomalib_networks() -> Iterator[Callable[[str], ModuleType]]:
+    """anomalib's own modules of networks by name, without the ten seconds that importing the whole package takes."""
     package = importlib.util.find_spec("anomalib")
     assert package is not None
     assert package.submodule_search_locations is not None
-    stub = ModuleType("anomalib.data")  # all that the networks import from the package is a tuple
-    vars(stub)["InferenceBatch"] = Batch
-    path = Path(package.submodule_search_locations[0]) / "models" / "image" / "efficient_ad" / "torch_model.py"
+    models = Path(package.submodule_search_locations[0]) / "models" / "image"
+    data, layers = ModuleType("anomalib.data"), ModuleType("anomalib.models.components.layers")
+    vars(data)["InferenceBatch"] = Batch  # all that the networks import from the package is a tuple,
+    vars(layers)["SSPCAB"] = nn.Module  # and a block that none of them holds
+    packages = [ModuleType(name) for name in ("anomalib", "anomalib.models", "anomalib.models.components")]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "anomalib", ModuleType("anomalib"))
-        patch.setitem(sys.modules, "anomalib.data", stub)
-        yield load_file("anomalib_efficient_ad", path)
+        for module in (*packages, data, layers):
+            patch.setitem(sys.modules, module.__name__, module)
+        yield lambda name: load_file(f"anomalib_{name}", models / name / "torch_model.py")
+
+
+@pytest.fixture(scope="module")
+def anomalib_ad(anomalib_networks: Callable[[str], ModuleType]) -> ModuleType:
+    """anomalib's EfficientAD"""
+    return anomalib_networks("efficient_ad")
 
 
 def randomized(model: nn.Module, generator: torch.Generator, calibrated: bool = True) -> nn.Module:
@@ -256,3 +270,36 @@ def test_simple_net_equals_the_published_form(
         simple_net.SimpleNetHead(width=1000)
     with pytest.raises(ValueError, match="do not split into periods"):
         simple_net.Stencil(3, 6)
+
+
+@torch.no_grad()
+def test_draem_has_the_names_and_maps_of_anomalib(
+    draem: ModuleType, anomalib_networks: Callable[[str], ModuleType], generator: torch.Generator
+) -> None:
+    module = anomalib_networks("draem")
+    with torch.device("meta"):
+        theirs, ours = module.DraemModel(), draem.draem()
+    shapes = {name: tuple(value.shape) for name, value in ours.state_dict().items()}
+    assert shapes == {name: tuple(value.shape) for name, value in theirs.state_dict().items()}
+    theirs.reconstructive_subnetwork = module.ReconstructiveSubNetwork(base_width=8)
+    theirs.discriminative_subnetwork = module.DiscriminativeSubNetwork(6, 2, base_width=4)
+    for name, value in theirs.state_dict().items():
+        if value.dtype == torch.float32:
+            value.copy_(2 * torch.randn(value.shape, generator=generator) / value[0].numel() ** 0.5)
+        if name.endswith("running_var"):
+            value.abs_().add_(0.5)
+    ours = draem.DRAEM(width=8).eval()
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.rand(2, 3, 64, 96, generator=generator)
+    got, wanted = ours(x), theirs.eval()(x)
+    assert wanted.anomaly_map.max() - wanted.anomaly_map.min() > 0.1
+    torch.testing.assert_close(got.anomaly_map[:, 0], wanted.anomaly_map, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got.pred_score, wanted.pred_score, rtol=1e-5, atol=1e-6)
+    # The two checkpoints of VitjanZ/DRAEM, and the paper's score.
+    twin = draem.DRAEM(mean_size=21, width=8).eval()
+    parts = (theirs.reconstructive_subnetwork.state_dict(), theirs.discriminative_subnetwork.state_dict())
+    draem.load_checkpoints(twin, *parts)
+    means = F.conv2d(F.pad(wanted.anomaly_map[:, None], (10, 10, 10, 10)), torch.full((1, 1, 21, 21), 1 / 441))
+    torch.testing.assert_close(twin(x).pred_score, means.amax((1, 2, 3)), rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="mean_size must be odd and positive, got 2"):
+        draem.DRAEM(mean_size=2)
