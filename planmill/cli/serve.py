@@ -18,9 +18,15 @@ def serve(
     threads: Annotated[int, typer.Option(min=0, help="Of each worker. Default: the cores divided among them.")] = 0,
     max_batch: Annotated[int, typer.Option(min=1, help="Requests in a batch at most.")] = 32,
     max_wait_ms: Annotated[float, typer.Option(min=0, max=1000, help="That a lone request waits for others.")] = 1.0,
-    max_pending: Annotated[int, typer.Option(min=1, help="Requests accepted and unanswered; more get a 429.")] = 256,
+    max_pending: Annotated[int, typer.Option(min=1, help="Requests read and unanswered; more get a 429.")] = 256,
+    max_connections: Annotated[
+        int, typer.Option(min=1, help="Open at once; one more takes the place of the one that idles longest.")
+    ] = 1024,
     max_body_mib: Annotated[float, typer.Option(help="Of one request; more get a 413.")] = 16.0,
-    max_pixels: Annotated[int, typer.Option(min=1, help="Of one image; more get a 413.")] = 1 << 24,
+    max_pixels: Annotated[
+        int | None,
+        typer.Option(min=1, help="Of one image; more get a 413. Default: 64 times the plan's input, 1 to 16 million."),
+    ] = None,
     timeout_s: Annotated[float, typer.Option(min=0.1, help="Of reading a body, and of an answer.")] = 60.0,
     mean: Annotated[str, typer.Option(help="Of images scaled to 0..1: a number, or one per channel.")] = "0",
     std: Annotated[str, typer.Option(help="As --mean.")] = "1",
@@ -42,6 +48,7 @@ def serve(
         max_pending_bytes=max(256 << 20, 2 * max_body),
         max_body=max_body,
         timeout_s=timeout_s,
+        max_connections=max_connections,
     )
     settings = Settings(
         host=host,

@@ -18,10 +18,11 @@ class Limits:
     Args:
         max_batch: requests in a batch at most.
         max_wait_ms: how long the first request of a batch waits for others while a worker is free.
-        max_pending: requests that are read, wait or run; more get a 429.
-        max_pending_bytes: of their bodies; more get a 429.
+        max_pending: requests that were read and wait or run; more get a 429.
+        max_pending_bytes: of bodies, as far as they were read; more get a 429.
         max_body: bytes of one body; more get a 413.
         timeout_s: of reading a body, and of an answer.
+        max_connections: open at once; one more takes the place of the one that has waited longest for its client.
         slots: batches that are under way at once: two per worker, so that one is decoded while another is computed.
     """
 
@@ -31,6 +32,7 @@ class Limits:
     max_pending_bytes: int = 256 << 20
     max_body: int = 16 << 20
     timeout_s: float = 60.0
+    max_connections: int = 1024
     slots: int = 2
 
 

@@ -36,8 +36,8 @@ class Metrics:
         self.batches = Histogram(
             "planmill_batch_requests", "Requests in a batch", buckets=(1, 2, 4, 8, 16, 32, 64, 128), registry=registry
         )
-        self.pending = Gauge("planmill_pending_requests", "Requests read, waiting or running", registry=registry)
-        self.pending_bytes = Gauge("planmill_pending_bytes", "Bytes held for their bodies", registry=registry)
+        self.pending = Gauge("planmill_pending_requests", "Requests being read, waiting or running", registry=registry)
+        self.pending_bytes = Gauge("planmill_pending_bytes", "Bytes held of their bodies", registry=registry)
         self.workers = Gauge("planmill_workers", "Workers that run", registry=registry)
 
 
@@ -69,7 +69,7 @@ class Gateway:
         self._workers, self._describe, self._limits = workers, describe, limits
         self.metrics = Metrics()
         self.metrics.workers.set_function(lambda: workers.workers)
-        self._pending = self._pending_bytes = 0
+        self._pending = self._read = self._pending_bytes = 0
         self._dispatcher: Dispatcher | None = None
         self.app = Starlette(
             routes=[
@@ -104,7 +104,7 @@ class Gateway:
         return HttpResponse(content, status, headers, media)
 
     def _read_head(self, request: HttpRequest) -> tuple[str, str, int]:
-        """Content type, type of the answer, and the bytes to hold for the body."""
+        """Content type, type of the answer, and the bytes that the body may have."""
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind not in REQUESTS:
             raise BadRequestError(415, f"the content type must be one of {', '.join(REQUESTS)}")
@@ -115,17 +115,27 @@ class Gateway:
         return kind, _choose_answer(request.headers.get("accept", "")), size
 
     async def _admit(self, request: HttpRequest, kind: str, wanted: str, size: int) -> Response:
-        limits = self._limits
-        full = self._pending >= limits.max_pending or self._pending_bytes + size > limits.max_pending_bytes
-        if full:
-            raise BadRequestError(429, f"{self._pending} requests wait already: try again later")
-        assert self._dispatcher is not None
-        self._hold(1, size)
+        """Count what has arrived, never what was announced: whoever sends nothing takes nothing from the others."""
+        self._must_fit(size)
+        parts: list[bytes] = []
+        self._hold(1, 0)
         try:
-            body = await self._read_body(request)
-            return await self._dispatcher.submit((body, kind, wanted))
+            await self._read_body(request, parts)
+            self._must_fit(0)
+            self._read += 1
+            try:
+                assert self._dispatcher is not None
+                return await self._dispatcher.submit((b"".join(parts), kind, wanted))
+            finally:
+                self._read -= 1
         finally:
-            self._hold(-1, -size)
+            self._hold(-1, -sum(map(len, parts)))
+
+    def _must_fit(self, size: int) -> None:
+        """Refuse a request where the queue is full, or will be with so many bytes more."""
+        limits = self._limits
+        if self._read >= limits.max_pending or self._pending_bytes + size > limits.max_pending_bytes:
+            raise BadRequestError(429, f"{self._read} requests wait already: try again later")
 
     def _hold(self, requests: int, size: int) -> None:
         self._pending += requests
@@ -133,20 +143,21 @@ class Gateway:
         self.metrics.pending.set(self._pending)
         self.metrics.pending_bytes.set(self._pending_bytes)
 
-    async def _read_body(self, request: HttpRequest) -> bytes:
-        parts, size = [], 0
+    async def _read_body(self, request: HttpRequest, parts: list[bytes]) -> None:
+        size = 0
         try:
             async with asyncio.timeout(self._limits.timeout_s):
                 async for part in request.stream():
                     size += len(part)
                     if size > self._limits.max_body:
                         raise BadRequestError(413, f"the body is longer than {self._limits.max_body} bytes")
+                    self._must_fit(len(part))
+                    self._hold(0, len(part))
                     parts.append(part)
         except TimeoutError:
             raise BadRequestError(408, f"the body did not arrive within {self._limits.timeout_s:g} s") from None
         except ClientDisconnect:
             raise BadRequestError(400, "the body was cut short") from None
-        return b"".join(parts)
 
     async def _health(self, request: HttpRequest) -> HttpResponse:
         if self._workers.workers:

@@ -21,6 +21,7 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 
 from planmill.engine import TensorSpec
+from planmill.engine.manifest import DimRange
 from planmill.pixels import eight_bit
 
 JSON, NPY, SAFETENSORS = "application/json", "application/x-npy", "application/x-safetensors"
@@ -29,6 +30,9 @@ REQUESTS = (JSON, NPY, SAFETENSORS, *IMAGES)
 RESPONSES = (JSON, NPY, SAFETENSORS)
 
 _MOST_SCANS = 100  # of a JPEG: a progressive one has ten, and each costs a pass over the picture
+_MOST_SIDE = 1 << 15  # pixels of a side: a row costs time of its own, however short it is
+_TIMES_A_SIDE = 8  # of an input: a larger picture is mostly thrown away
+_FEWEST_PIXELS, _MOST_PIXELS = 1 << 20, 1 << 24
 
 Named = dict[str, torch.Tensor]
 
@@ -53,12 +57,12 @@ class ImageSettings:
     Args:
         mean, std: per channel, subtracted and divided by after the values were scaled to 0..1; one number is for all
             channels. An input of uint8 takes the bytes as they are.
-        max_pixels: of an image; more is refused before it is decoded.
+        max_pixels: of an image; more is refused before it is decoded. None: what suits the plan's input.
     """
 
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
-    max_pixels: int = 1 << 24
+    max_pixels: int | None = None
 
 
 def decode(body: bytes, kind: str, specs: Sequence[TensorSpec], images: ImageSettings) -> list[torch.Tensor]:
@@ -86,6 +90,20 @@ def decode(body: bytes, kind: str, specs: Sequence[TensorSpec], images: ImageSet
         given = ", ".join(sorted(found)[:8]) or "nothing"
         raise BadRequestError(400, f"the plan takes {', '.join(names)}; got {given[:200]}")
     return [found[name] for name in names]
+
+
+def suitable_pixels(spec: TensorSpec, dynamic: Mapping[str, DimRange]) -> int:
+    """The most pixels of an image for an input: eight times each side, but 2^20 at least and 2^24 at most.
+
+    Args:
+        spec: of the input.
+        dynamic: the plan's dynamic sizes. An image is not resized to those, so their largest is all that it may have.
+    """
+    sides = (
+        _TIMES_A_SIDE * size if isinstance(size, int) else dynamic[size].maximum if size in dynamic else _MOST_SIDE
+        for size in spec.shape[2:]
+    )
+    return min(max(math.prod(sides), _FEWEST_PIXELS), _MOST_PIXELS)
 
 
 def encode(outputs: Mapping[str, torch.Tensor], kind: str) -> bytes:
@@ -209,7 +227,8 @@ def _decode_image(body: bytes, kind: str, spec: TensorSpec, settings: ImageSetti
     channels = spec.shape[1] if len(spec.shape) == 4 else None
     if channels not in (1, 3):
         raise BadRequestError(415, f"the plan's input {spec.name} is {spec}, which is no image: send {JSON}")
-    picture = _open_image(body, kind, "L" if channels == 1 else "RGB", settings.max_pixels)
+    max_pixels = settings.max_pixels or suitable_pixels(spec, {})
+    picture = _open_image(body, kind, "L" if channels == 1 else "RGB", max_pixels)
     height, width = (
         size if isinstance(size, int) else own for size, own in zip(spec.shape[2:], picture.size[::-1], strict=True)
     )
@@ -233,6 +252,8 @@ def _open_image(body: bytes, kind: str, mode: str, max_pixels: int) -> Any:
             if image.width * image.height > max_pixels:
                 size = f"{image.width} x {image.height}"
                 raise BadRequestError(413, f"the image has {size} pixels; at most {max_pixels} are decoded")
+            if max(image.size) > _MOST_SIDE:
+                raise BadRequestError(413, f"the image has a side of {max(image.size)} pixels; at most {_MOST_SIDE}")
             return eight_bit(image).convert(mode)
     except Image.DecompressionBombError:
         raise BadRequestError(413, f"the image has more than {max_pixels} pixels") from None

@@ -9,6 +9,7 @@ import contextlib
 import io
 import logging
 import os
+import resource
 import signal
 import socket
 import tempfile
@@ -21,11 +22,13 @@ from planmill.engine import Plan, PlanError
 from planmill.errors import PlanmillError
 from planmill.ray_settings import keep_ray_private
 from planmill.serving.dispatch import Limits
-from planmill.serving.payloads import ImageSettings
+from planmill.serving.payloads import ImageSettings, suitable_pixels
 from planmill.serving.pool import CONNECTIONS, Pool, listen
 from planmill.serving.worker import Worker
 
 _APP = "planmill"
+_BACKLOG = 256  # connections that the kernel holds until they are accepted, which may happen to all of them at once
+_OTHER_FILES = 256  # of this process: Ray, the workers' sockets, the event loop
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,8 @@ def serve_plan(path: Path, settings: Settings, started: Callable[[str], None]) -
     plan = Plan.read(path)
     plan.check_environment()
     check_images(plan, settings.images)
+    settings = replace(settings, images=replace(settings.images, max_pixels=_most_pixels(plan, settings.images)))
+    _reserve_files(settings.limits.max_connections)
     asked: list[int] = []
     with (
         _bound(settings.host, settings.port) as sock,
@@ -107,6 +112,29 @@ def check_images(plan: Plan, images: ImageSettings) -> None:
             raise PlanmillError(f"--{name}: one number, or one per channel of {plan.manifest.inputs[0]}")
     if not all(value > 0 for value in images.std):
         raise PlanmillError("--std must be positive")
+
+
+def _most_pixels(plan: Plan, images: ImageSettings) -> int:
+    """Of an image: what was asked for, else what suits the plan's input."""
+    return images.max_pixels or suitable_pixels(plan.manifest.inputs[0], plan.manifest.dynamic)
+
+
+def _reserve_files(connections: int) -> None:
+    """Raise this process's limit of open files to what so many connections need.
+
+    Raises:
+        PlanmillError: the system does not allow that.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = connections + _BACKLOG + _OTHER_FILES
+    if hard != resource.RLIM_INFINITY and needed > hard:
+        most = max(0, hard - _BACKLOG - _OTHER_FILES)
+        raise PlanmillError(
+            f"--max-connections {connections} needs {needed} open files, and the system allows {hard} (ulimit -Hn): "
+            f"ask for at most {most}"
+        )
+    if soft != resource.RLIM_INFINITY and needed > soft:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 @contextlib.contextmanager
@@ -201,7 +229,7 @@ def _run(
     import uvicorn
 
     from planmill.serving.gateway import Gateway
-    from planmill.serving.protocol import Protocol
+    from planmill.serving.protocol import bounded
 
     limits = replace(settings.limits, slots=CONNECTIONS * settings.workers)
     pool = Pool(folder)
@@ -211,8 +239,9 @@ def _run(
         log_level="error",
         access_log=False,
         lifespan="on",
-        http=Protocol,
+        http=bounded(limits.max_connections),
         ws="none",
+        backlog=_BACKLOG,
         h11_max_incomplete_event_size=16 << 10,
         timeout_keep_alive=75,
         timeout_graceful_shutdown=int(settings.drain_s) + 1,

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import resource
 import signal
 import socket
 import subprocess
@@ -35,6 +36,7 @@ class Server:
     def __init__(self, plan: Path, folder: Path) -> None:
         script = Path(sys.executable).with_name("planmill")
         options = ["--port", "0", "--json", "--max-body-mib", "0.25", "--max-pixels", "10000", "--max-batch", "8"]
+        options += ["--max-connections", "32"]
         self.errors = (folder / "errors").open("w+")
         self.process = subprocess.Popen(
             [str(script), "serve", str(plan), *options], stdout=subprocess.PIPE, stderr=self.errors, text=True, cwd="/"
@@ -144,6 +146,24 @@ def check_damaged_requests_get_a_4xx(server: Server) -> None:
         assert connection.recv(12) == b"HTTP/1.1 400"
 
 
+def check_a_crowd_of_idle_connections_keeps_nobody_out(server: Server) -> None:
+    """Three hundred sockets that send nothing or never enough, and thirty-two places."""
+    address = ("127.0.0.1", int(server.url.rpartition(":")[2]))
+    head = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/x-npy\r\nContent-Length: 9000\r\n"
+    files = Path(f"/proc/{server.process.pid}/fd")
+    before = len(list(files.iterdir()))
+    with contextlib.ExitStack() as crowd:
+        for i in range(300):
+            connection = crowd.enter_context(socket.create_connection(address, timeout=20))
+            with contextlib.suppress(ConnectionError):  # its place may be taken already
+                connection.sendall((b"", head, head + b"\r\nhalf")[i % 3])
+        for _ in range(3):
+            body = as_npy(torch.randn(1, 3, 8, 8))
+            answer = httpx.post(f"{server.url}/predict", content=body, headers={"content-type": NPY}, timeout=20)
+            assert answer.status_code == 200, answer.text
+        assert len(list(files.iterdir())) <= before + 32
+
+
 def check_a_killed_worker_costs_only_what_it_had(server: Server) -> None:
     """Eight callers, twelve requests each, and a SIGKILL in the middle; at most its two batches of eight are lost."""
     (worker,) = server.workers()
@@ -220,6 +240,7 @@ def test_one_server_from_start_to_end(server: Server, judge: nn.Module) -> None:
     check_answers_in_every_form(server, judge)
     check_concurrent_callers_get_their_own(server, judge)
     check_damaged_requests_get_a_4xx(server)
+    check_a_crowd_of_idle_connections_keeps_nobody_out(server)
     check_a_killed_worker_costs_only_what_it_had(server)
     check_the_end_finishes_what_was_accepted(server)
 
@@ -249,7 +270,9 @@ def test_mistakes_are_one_line(
         ([judge_plan.path, "--mean", "1,2"], "--mean: one number, or one per channel of float32 (batch, 3, 8, 8)"),
         ([judge_plan.path, "--std", "0"], "--std must be positive"),
         ([judge_plan.path, "--max-body-mib", "0"], "--max-body-mib must be above 0"),
+        ([judge_plan.path, "--max-connections", "5000"], "the system allows 2000 (ulimit -Hn): ask for at most 1488"),
     ):
+        monkeypatch.setattr(resource, "getrlimit", lambda _: (2000, 2000))
         monkeypatch.setattr(sys, "argv", ["planmill", "serve", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
             main()

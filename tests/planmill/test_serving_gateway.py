@@ -1,7 +1,6 @@
 """Admission, limits and batches of the HTTP side, with a worker that the test holds in its hand."""
 
 import asyncio
-import contextlib
 import json
 import socket
 import sys
@@ -12,13 +11,11 @@ from typing import Any
 
 import httpx
 import pytest
-import uvicorn
 
 from planmill.serving.dispatch import Limits
 from planmill.serving.gateway import Gateway
 from planmill.serving.payloads import JSON, NPY, SAFETENSORS
 from planmill.serving.pool import CONNECTIONS, Pool, listen
-from planmill.serving.protocol import Protocol
 from planmill.serving.worker import Request, Response
 
 HEAD = {"content-type": JSON}
@@ -139,6 +136,39 @@ def test_a_lone_request_waits_for_company() -> None:
             assert [len(batch) for batch in hand.batches] == [2]
 
     scenario(test)
+
+
+def test_bodies_that_do_not_come_keep_nobody_out() -> None:
+    """What was announced and not sent counts for nothing; what was sent does."""
+
+    async def never() -> AsyncIterator[bytes]:
+        yield b"0123456789"
+        await asyncio.Event().wait()
+
+    async def test() -> None:
+        hand = Hand()
+        hand.open.set()
+        async with serving(hand, max_pending=1, max_pending_bytes=35, max_body=35, max_wait_ms=0) as (client, gateway):
+            headers = {**HEAD, "content-length": "25"}
+            slow = []
+            for held in (10, 20):
+                slow.append(asyncio.create_task(client.post("/predict", headers=headers, content=never())))
+                await until(lambda held=held: sample(gateway, "planmill_pending_bytes") == held)  # type: ignore[misc]
+            for _ in range(3):
+                assert (await client.post("/predict", headers=HEAD, content=b"x" * 15)).status_code == 200
+            refused = await client.post("/predict", headers=HEAD, content=b"x" * 16)
+            assert (refused.status_code, sample(gateway, "planmill_pending_bytes")) == (429, 20)
+            for task in slow:
+                task.cancel()
+            await until(lambda: sample(gateway, "planmill_pending_bytes") == 0)
+            assert sample(gateway, "planmill_pending_requests") == 0
+
+    scenario(test)
+
+
+def sample(gateway: Gateway, name: str) -> float | None:
+    """A number of /metrics."""
+    return gateway.metrics.registry.get_sample_value(name)
 
 
 @pytest.mark.parametrize("limit", ["requests", "bytes"])
@@ -269,106 +299,5 @@ def test_health_without_a_worker() -> None:
             answer = await client.get("/health")
         assert (answer.status_code, answer.json()["status"]) == (503, "no worker runs")
         assert json.loads(answer.content)["workers"] == 0
-
-    scenario(test)
-
-
-@asynccontextmanager
-async def listening(hand: Hand, caplog: pytest.LogCaptureFixture) -> AsyncIterator[tuple[int, set[Any]]]:
-    """The port of a server and its connections, which may idle for a quarter of a second; nothing goes wrong in it."""
-    gateway = Gateway(hand, {"model": "m"}, Limits())
-    config = uvicorn.Config(
-        gateway.app, port=0, log_config=None, http=Protocol, ws="none", h11_max_incomplete_event_size=16 << 10
-    )
-    config.timeout_keep_alive = 0.25  # type: ignore[assignment]
-    server = uvicorn.Server(config)
-    server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign, assignment]
-    task = asyncio.create_task(server.serve())
-    await until(lambda: server.started)
-    yield server.servers[0].sockets[0].getsockname()[1], server.server_state.connections
-    server.should_exit = True
-    await task
-    assert [record.message for record in caplog.records if record.levelname == "ERROR"] == []
-
-
-ANSWER = b"<an answer>"
-
-
-async def exchange(port: int, sent: bytes) -> bytes:
-    """What comes back until the server hangs up; at `ANSWER` there must have been one before more is sent."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    first, *rest = sent.split(ANSWER)
-    writer.write(first)
-    got = b""
-    for part in rest:
-        got += await reader.readuntil(b"}")
-        writer.write(part)
-    got += await reader.read()
-    writer.close()
-    return got
-
-
-POST = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"
-GET = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
-
-
-@pytest.mark.parametrize(
-    ("sent", "statuses"),
-    [
-        (b"", []),  # each of these connections ends by itself
-        (b"GET /hea", []),
-        (GET + b"GET /hea", [200]),
-        (GET * 3 + b"?", [200] * 3),
-        (b"\x16\x03\x01 no HTTP\r\n\r\n", [400]),
-        (POST + b"Content-Length: " + b"9" * 5000 + b"\r\n\r\n", [400]),
-        (CHUNKED + b"zz\r\nabc\r\n", [400]),
-        (CHUNKED + b"3\r\nabc\r\nzz\r\n", [400]),
-        (CHUNKED.replace(b"json", b"no") + ANSWER + b"3\r\nabc\r\nzz\r\n", [415]),
-        (POST + b"Content-Length: 3\r\n\r\nabc" + b"no HTTP\r\n\r\n", [200, 400]),
-        (GET[:-2] + b"Connection: Upgrade\r\nUpgrade: websocket\r\n\r\n", [200]),
-    ],
-    ids=["nothing", "half", "half-second", "pipeline", "tls", "length", "chunk", "chunk-2", "refused", "garbage", "ws"],
-)
-def test_connections_end(sent: bytes, statuses: list[int], caplog: pytest.LogCaptureFixture) -> None:
-    async def test() -> None:
-        hand = Hand()
-        hand.open.set()
-        async with listening(hand, caplog) as (port, _):
-            got = await exchange(port, sent)
-        assert [int(part[:3]) for part in got.split(b"HTTP/1.1 ")[1:]] == statuses
-        if 400 in statuses:
-            assert got.endswith(b'{"error": "the request is not valid HTTP"}')
-
-    scenario(test)
-
-
-def test_connections_end_however_they_trickle(caplog: pytest.LogCaptureFixture) -> None:
-    """A head that comes byte by byte, and an answer that nobody reads, have the time of an idle connection."""
-
-    async def trickle(port: int) -> float:
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        start = asyncio.get_running_loop().time()
-        writer.write(GET[:-2])
-        while not reader.at_eof():
-            writer.write(b"y")
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(reader.read(), 0.01)
-        writer.close()
-        return asyncio.get_running_loop().time() - start
-
-    async def test() -> None:
-        hand = Hand()
-        hand.open.set()
-        async with listening(hand, caplog) as (port, connections):
-            assert 0.2 < await trickle(port) < 10
-            body = b"x" * (15 << 20)  # echoed: more than the buffers of two sockets hold
-            with socket.socket() as deaf:
-                deaf.setblocking(False)
-                loop = asyncio.get_running_loop()
-                await loop.sock_connect(deaf, ("127.0.0.1", port))
-                await loop.sock_sendall(deaf, POST + b"Content-Length: %d\r\n\r\n" % len(body) + body)
-                await until(lambda: len(connections) == 1)
-                await until(lambda: not connections)
 
     scenario(test)
