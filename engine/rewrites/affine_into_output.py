@@ -15,6 +15,7 @@ from planmill.engine.rewrites.graph import (
     aten,
     dtype_of,
     fits,
+    is_linear,
     only_user,
     shape_of,
 )
@@ -38,7 +39,7 @@ def _fold(program: Program, step: Call, affine: Affine) -> bool:
         layer = layer.args[0]
         if only_user(layer) is None:
             return False
-    if layer.target not in CONVOLUTIONS and layer.target is not aten.linear.default:
+    if layer.target not in CONVOLUTIONS and not is_linear(layer):
         return False
     bias_node = argument(layer, 2, "bias")
     if not program.is_constant(layer.args[1]) or (bias_node is not None and not program.is_constant(bias_node)):

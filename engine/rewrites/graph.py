@@ -248,6 +248,11 @@ def is_node(value: Any) -> bool:
     return isinstance(value, Node)
 
 
+def is_linear(node: Any) -> bool:
+    """Whether a node is a linear layer; a product with one vector of weights is none."""
+    return is_node(node) and node.target is aten.linear.default and len(shape_of(node.args[1])) == 2
+
+
 def dtype_of(node: Any) -> torch.dtype:
     """The dtype of a node's tensor."""
     return node.meta["val"].dtype

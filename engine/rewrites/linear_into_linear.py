@@ -5,7 +5,7 @@
 A narrow layer between two wide ones (a low-rank factorisation) stays as it is.
 """
 
-from planmill.engine.rewrites.graph import Program, argument, aten, dtype_of, fits, only_user, shape_of
+from planmill.engine.rewrites.graph import Program, argument, aten, dtype_of, fits, is_linear, only_user, shape_of
 
 
 def apply(program: Program) -> int:
@@ -13,7 +13,7 @@ def apply(program: Program) -> int:
     fired = 0
     for second in program.calls(aten.linear.default):
         first = second.args[0]
-        if getattr(first, "target", None) is not aten.linear.default or only_user(first) is None:
+        if not is_linear(first) or not is_linear(second) or only_user(first) is None:
             continue
         nodes = [(layer.args[1], argument(layer, 2, "bias")) for layer in (first, second)]
         if not all(program.is_constant(node) for pair in nodes for node in pair if node is not None):

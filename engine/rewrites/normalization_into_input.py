@@ -22,6 +22,7 @@ from planmill.engine.rewrites.graph import (
     aten,
     dtype_of,
     fits,
+    is_linear,
     only_user,
     shape_of,
 )
@@ -82,7 +83,7 @@ def longest_step(program: Program, step: Call, users: Sequence[Call], shifts: bo
 
 def takes(program: Program, user: Call, step: Call) -> bool:
     """Whether a node is a convolution or a linear layer of constant weights, with `step` as its input alone."""
-    if user.target not in CONVOLUTIONS and user.target is not aten.linear.default:
+    if user.target not in CONVOLUTIONS and not is_linear(user):
         return False
     bias = argument(user, 2, "bias")
     known = program.is_constant(user.args[1]) and (bias is None or program.is_constant(bias))

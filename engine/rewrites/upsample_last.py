@@ -10,7 +10,17 @@ from typing import NamedTuple
 
 import torch
 
-from planmill.engine.rewrites.graph import Call, Program, argument, aten, dtype_of, is_node, only_user, shape_of
+from planmill.engine.rewrites.graph import (
+    Call,
+    Program,
+    argument,
+    aten,
+    dtype_of,
+    is_linear,
+    is_node,
+    only_user,
+    shape_of,
+)
 from planmill.engine.rewrites.one_upsample import RESIZES, enlarges
 
 _ROWS = (aten.reshape.default, aten.view.default, aten.flatten.using_ints)
@@ -27,6 +37,8 @@ def apply(program: Program) -> int:
     """Rewrite; how often it fired."""
     fired = 0
     for layer in program.calls(aten.linear.default, aten.conv2d.default):
+        if layer.target is aten.linear.default and not is_linear(layer):
+            continue
         bias = argument(layer, 2, "bias")
         if not program.is_constant(layer.args[1]) or (bias is not None and not program.is_constant(bias)):
             continue
