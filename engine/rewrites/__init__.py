@@ -25,19 +25,20 @@ PASSES = (
     "one_upsample",
     "shared_convolution",
     "winograd_convolution",
+    "packed_linear",
 )
 # On a CPU these save no more than they cost: sharing a convolution reads the image once and copies behind the split; an
 # image padded with its mean needs no subtraction, and is a copy.
-_ASKED_FOR = ("shared_convolution", "normalization_into_padding", "winograd_convolution")
-DEFAULT = tuple(name for name in PASSES if name not in _ASKED_FOR)
-# Puts ops of ours for the CPU into the program, and hides what the others look for: it runs once, when they are done.
-_LAST = "winograd_convolution"
+_ASKED_FOR = ("shared_convolution", "normalization_into_padding")
+# These put ops of ours for the CPU into the program, and hide what the others look for: they run once, after those.
+_LAST = ("winograd_convolution", "packed_linear")
+DEFAULT = tuple(name for name in PASSES if name not in (*_ASKED_FOR, *_LAST))
 _ROUNDS = 8
 
 
 def default_passes(target: str, device: str) -> tuple[str, ...]:
     """The passes that a plan for `target` on `device` gets unless it is told otherwise."""
-    return (*DEFAULT, _LAST) if (target, device) == ("aoti", "cpu") else DEFAULT
+    return (*DEFAULT, *_LAST) if (target, device) == ("aoti", "cpu") else DEFAULT
 
 
 def rewrite(captured: Captured, passes: Sequence[str] = DEFAULT) -> Captured:
@@ -59,12 +60,11 @@ def rewrite(captured: Captured, passes: Sequence[str] = DEFAULT) -> Captured:
     program = Program(_editable(captured), captured.reference)
     fired: list[str] = []
     for _ in range(_ROUNDS):
-        again = [name for name in PASSES if name in passes and name != _LAST and _apply(name, program)]
+        again = [name for name in PASSES if name in passes and name not in _LAST and _apply(name, program)]
         fired += [name for name in again if name not in fired]
         if not again:
             break
-    if _LAST in passes and _apply(_LAST, program):
-        fired.append(_LAST)
+    fired += [name for name in _LAST if name in passes and _apply(name, program)]
     if not fired:
         return captured
     program.module.recompile()
