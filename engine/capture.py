@@ -24,6 +24,7 @@ Examples = torch.Tensor | Sequence[torch.Tensor] | Mapping[str, torch.Tensor]
 # What a user's model may raise on the wrong input; its own message is what helps.
 MODEL_ERRORS = (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, AssertionError)
 _HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_IN_TRAINING = ("training", "train", "use_input_stats")  # arguments of normalizations that then write their statistics
 
 
 @dataclass(frozen=True)
@@ -155,14 +156,18 @@ def capture(
     if (half := _HALVES.get(precision)) is not None:
         boundary = Boundary(copy.deepcopy(model).to(half), keywords, half).eval()
         boundary.dtypes = dtypes
-        _must_run(boundary, examples, f"in {str(half).removeprefix('torch.')} on the example inputs")
+        smallest = [  # arithmetic in halves is slow on a CPU
+            resized(x, {dim: d.minimum for dim, d in dims[name].items()})
+            for name, x in zip(names, examples, strict=True)
+        ]
+        _must_run(boundary, smallest, f"in {str(half).removeprefix('torch.')} on the example inputs")
     program = _export(boundary, examples, names, dims)
     _must_be_pure(program)
     if output_names is not None and len(output_names) != len(found):
         raise PlanError(f"output_names: the model has {len(found)} outputs, got {len(output_names)} names")
     inputs, outputs = _specs(program, names, list(output_names or found), dims)
     ranges = {d.name: d.range for by_dim in dims.values() for d in by_dim.values()}
-    layout = suitable_layout(program, examples)
+    layout = suitable_layout(program)
     return Captured(program, reference, inputs, outputs, ranges, examples, custom_ops(program), layout)
 
 
@@ -223,7 +228,7 @@ def resized(x: torch.Tensor, sizes: Mapping[int, int]) -> torch.Tensor:
     return x.contiguous()
 
 
-def _must_run(model: torch.nn.Module, examples: tuple[torch.Tensor, ...], how: str) -> Any:
+def _must_run(model: torch.nn.Module, examples: Sequence[torch.Tensor], how: str) -> Any:
     try:
         with torch.no_grad():
             return model(*examples)
@@ -304,8 +309,20 @@ def quiet_copies() -> Iterator[None]:
         yield
 
 
+def may_write(node: torch.fx.Node) -> bool:
+    """Whether an op writes into a tensor that it is given, or may: in training some do so and do not say it."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or node.target is torch.ops.aten.detach_.default:
+        return False
+    given = dict(zip((argument.name for argument in schema.arguments), node.args, strict=False)) | node.kwargs
+    return schema.is_mutable or any(given.get(name) for name in _IN_TRAINING)
+
+
 def _must_be_pure(program: ExportedProgram) -> None:
-    """Writes show in the signature of the functional form only."""
+    """Writes show in the signature of the functional form only, which costs as much as a capture."""
+    graphs = [module.graph for module in program.graph_module.modules() if isinstance(module, torch.fx.GraphModule)]
+    if not any(may_write(node) for graph in graphs for node in graph.nodes):
+        return
     with quiet_copies():
         signature = program.run_decompositions({}).graph_signature
     if signature.buffers_to_mutate:

@@ -3,8 +3,9 @@
 from typing import Any, Literal
 
 import torch
-from torch._ops import HigherOrderOperator
+from torch._subclasses import FakeTensorMode
 from torch.export import ExportedProgram
+from torch.fx.node import map_arg
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -28,26 +29,47 @@ class _Arithmetic(TorchDispatchMode):
         return out
 
 
-class _Counted(torch.fx.Interpreter):
-    """Runs a program and counts what it does; what a branch or a loop of torch's does inside is not counted."""
+def suitable_layout(program: ExportedProgram) -> Layout:
+    """Channels-last where convolutions do most of the arithmetic, at the sizes that the program was captured with.
 
-    def __init__(self, module: torch.fx.GraphModule) -> None:
-        super().__init__(module)
-        self.arithmetic = _Arithmetic()
-
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if isinstance(target, HigherOrderOperator):
-            return super().call_function(target, args, kwargs)
-        with self.arithmetic:
-            return super().call_function(target, args, kwargs)
-
-
-def suitable_layout(program: ExportedProgram, examples: tuple[torch.Tensor, ...]) -> Layout:
-    """Channels-last where convolutions do most of the arithmetic.
-
-    The program is run for it and not the model: torch.cond, called from Python, fails where operations are counted.
+    Ops are counted one by one, on tensors without values, and only those with two factors: what a branch or a loop of
+    torch's does inside is not counted, nor what an op of ours does, nor what has a size that only values tell.
     """
-    counted = _Counted(program.module())
-    with torch.no_grad():
-        counted.run(*examples)
-    return "channels_last" if counted.arithmetic.convolutions * 2 > counted.arithmetic.total else "contiguous"
+    fake = FakeTensorMode()
+    known: dict[str, _Arithmetic] = {}  # layers of a model repeat each other
+    total = convolutions = 0
+    for node in program.graph.nodes:
+        if node.op != "call_function" or not _may_multiply(node):
+            continue
+        args, kwargs = map_arg((node.args, node.kwargs), lambda n: _stand_in(n.meta.get("val"), fake))
+        key = f"{node.target} {args} {kwargs}"
+        if key not in known:
+            known[key] = _Arithmetic()
+            with torch.no_grad(), fake, known[key]:
+                node.target(*args, **kwargs)
+        total += known[key].total
+        convolutions += known[key].convolutions
+    return "channels_last" if convolutions * 2 > total else "contiguous"
+
+
+def _may_multiply(node: torch.fx.Node) -> bool:
+    """Whether an op is counted, or consists of others, and has two factors to multiply, of sizes that are known."""
+    op = node.target
+    if not isinstance(op, torch._ops.OpOverload):
+        return False
+    composite = torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CompositeImplicitAutograd")
+    given = [n.meta.get("val") for n in node.all_input_nodes]
+    factors = [x for x in given if isinstance(x, torch.Tensor) and (x.is_floating_point() or x.is_complex())]
+    sizes = [size for x in given for size in (x.shape if isinstance(x, torch.Tensor) else [x])]
+    known = all(size.node.has_hint() for size in sizes if isinstance(size, torch.SymInt))
+    return (composite or op._overloadpacket in flop_registry) and len(factors) > 1 and known
+
+
+def _stand_in(value: Any, fake: FakeTensorMode) -> Any:
+    """A tensor without values, of the size that the captured one had."""
+    if isinstance(value, torch.SymInt):
+        return value.node.hint
+    if not isinstance(value, torch.Tensor):
+        return value
+    with fake:
+        return torch.empty([_stand_in(size, fake) for size in value.shape], dtype=value.dtype)

@@ -20,6 +20,7 @@ from onnxscript import opset20
 from planmill.engine.capture import Captured, custom_overloads, quiet_copies
 from planmill.engine.errors import PlanError, first_line
 from planmill.engine.onnx_ops import translation
+from planmill.engine.onnx_simplify import simplify
 from planmill.engine.portable import lower
 from planmill.engine.targets import Plugins
 from planmill.kernels.common.spec import NAMESPACE, REGISTRY
@@ -74,10 +75,12 @@ def export_onnx(captured: Captured, folder: Path, *, plugins: Plugins, largest: 
                 custom_translation_table=_STABLE | {op: translation(spec) for op, spec in ours.items()},
                 input_names=[spec.name for spec in captured.inputs],
                 output_names=[spec.name for spec in captured.outputs],
+                optimize=False,
             )
+            assert made is not None
+            simplify(made.model)
         except torch.onnx.OnnxExporterError as error:
             raise PlanError(f"the model cannot become ONNX: {_reason(error)}") from error
-    assert made is not None
     _name_dimensions(made.model, captured)
     path = folder / _FILE
     made.save(str(path), external_data=_weight_bytes(captured) > largest)

@@ -151,10 +151,27 @@ def _getitem(x: torch.Tensor, index: Any) -> torch.Tensor:
 
 def _index(x: torch.Tensor, index: Any) -> Any:
     if isinstance(index, list) and all(isinstance(i, int) for i in index):
-        return torch.stack([torch.full((), i, dtype=torch.int64, device=x.device) for i in index])
+        return _tensor(index, device=x.device)
     if isinstance(index, torch.Tensor) and index.dtype in (torch.int32, torch.int16, torch.int8):
         return index.long()
     return index
+
+
+def _tensor(data: Any, *, dtype: torch.dtype | None = None, device: torch.device | None = None) -> torch.Tensor:
+    """Numbers as values of the graph: torch writes into what it makes of them in one piece."""
+    dtype = dtype or _kind(data)
+    if isinstance(data, (list, tuple)):
+        values = [_tensor(value, dtype=dtype, device=device) for value in data]
+        return torch.stack(values) if values else torch.zeros(0, dtype=dtype, device=device)
+    return torch.full((), data, dtype=dtype, device=device)
+
+
+def _kind(data: Any) -> torch.dtype:
+    """The dtype that torch.tensor takes for numbers."""
+    kinds = {_kind(value) for value in data} if isinstance(data, (list, tuple)) else {type(data)}
+    if not kinds or kinds & {float, torch.float32}:
+        return torch.float32
+    return torch.bool if kinds <= {bool, torch.bool} else torch.int64
 
 
 _STAND_INS: dict[Any, Callable[..., Any]] = {
@@ -172,5 +189,6 @@ _STAND_INS: dict[Any, Callable[..., Any]] = {
     torch.argmin: _at(torch.argmin),
     torch.Tensor.argmin: _at(torch.argmin),
     torch.searchsorted: _searchsorted,
+    torch.tensor: _tensor,
     torch.Tensor.__getitem__: _getitem,
 }

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch.export import Dim
 
-from planmill.engine.capture import Captured, custom_ops, quiet_copies
+from planmill.engine.capture import Captured, custom_ops, may_write, quiet_copies
 from planmill.engine.errors import PlanError, first_line
 from planmill.engine.rewrites.graph import Program
 
@@ -80,14 +80,9 @@ def _editable(captured: Captured) -> torch.fx.GraphModule:
     """The program with parameters as attributes, in functional form: nothing writes into what a pattern has seen."""
     program = captured.program
     with quiet_copies(), torch.no_grad():
-        if any(_writes(node) for node in program.graph.nodes):
+        if any(may_write(node) for node in program.graph.nodes):
             program = program.run_decompositions({})
         return program.module(check_guards=False)
-
-
-def _writes(node: torch.fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and schema.is_mutable and node.target is not torch.ops.aten.detach_.default
 
 
 def _exported(captured: Captured, program: Program) -> torch.export.ExportedProgram:

@@ -19,6 +19,7 @@ class Calls(nn.Module):
         self.function = function
         self.linear = nn.Linear(4, 4)
         self.register_buffer("count", torch.zeros(()))
+        self.register_buffer("mean", torch.zeros(4))
 
     def forward(self, x: torch.Tensor) -> Any:
         return self.function(self, self.linear(x))
@@ -27,6 +28,11 @@ class Calls(nn.Module):
 def _count(model: Any, x: torch.Tensor) -> torch.Tensor:
     model.count += 1
     return x + model.count
+
+
+def _running_mean(model: Any, x: torch.Tensor) -> torch.Tensor:
+    """Writes its statistics without saying so: nothing in the op's schema tells."""
+    return nn.functional.batch_norm(x, model.mean, torch.ones(4), training=True)
 
 
 class WritesInput(nn.Module):
@@ -75,6 +81,13 @@ def test_layout_follows_the_arithmetic() -> None:
     assert capture(nn.ReLU().eval(), torch.randn(2, 3, 8, 8)).layout == "contiguous"
 
 
+def test_a_model_that_is_at_odds_with_its_precision() -> None:
+    model = Calls(lambda m, x: x @ torch.ones(4, 4)).eval()
+    assert capture(model, torch.randn(2, 4)).ops == []
+    with pytest.raises(PlanError, match="does not run in float16 on the example inputs: RuntimeError: expected"):
+        capture(model, torch.randn(2, 4), precision="fp16")
+
+
 def test_model_is_left_as_it_was() -> None:
     model = nn.Linear(4, 4).eval()
     state = {name: value.clone() for name, value in model.state_dict().items()}
@@ -94,8 +107,9 @@ def test_model_is_left_as_it_was() -> None:
         (lambda m, x: None, "returns no tensor"),
         (lambda m, x: x @ torch.ones(5, 5), "does not run on the example inputs: RuntimeError: mat1 and mat2"),
         (_count, r"changes its own state while it runs \(count\)"),
+        (_running_mean, r"changes its own state while it runs \(mean\)"),
     ],
-    ids=["reshape", "specialises", "data-dependent", "number", "nothing", "wrong shape", "state"],
+    ids=["reshape", "specialises", "data-dependent", "number", "nothing", "wrong shape", "state", "statistics"],
 )
 def test_refused(function: Callable[..., Any], message: str) -> None:
     with pytest.raises(PlanError, match=message):

@@ -14,12 +14,13 @@ from torch import nn
 
 from planmill import kernels
 from planmill.engine import Captured, PlanError, capture
+from planmill.engine.capture import custom_ops
 from planmill.engine.manifest import DimRange, TensorSpec
 from planmill.engine.onnx_export import export_onnx
 from planmill.engine.onnx_ops import call_arguments, encode, schema_of
 from planmill.engine.onnx_runner import OnnxRunner
 from planmill.engine.plugins.fields import shortest_float
-from planmill.engine.portable import lower
+from planmill.engine.portable import _SinglePrecision, lower
 from planmill.engine.targets import Options
 from planmill.engine.tensorrt.loops import keep_casts_outside
 from planmill.engine.tensorrt.plan import build_onnx
@@ -253,6 +254,22 @@ def test_places_of_a_count_known_at_run_time(low: float, high: float) -> None:
     a = torch.rand(2, 10, 3, generator=torch.Generator().manual_seed(0))
     begin, end = interval(low, high, 10)
     torch.testing.assert_close(mean_between(a, low, high, 10), a.sort(1).values[:, begin:end].mean(1))
+
+
+@pytest.mark.parametrize("data", [3, 2.5, True, [], [1, 2], [1, 2.5], [[True, False]], ((0.5, 1), (2, 3))], ids=str)
+def test_numbers_become_values_of_the_graph(data: Any) -> None:
+    want = torch.tensor(data)
+    with _SinglePrecision():
+        got, wide = torch.tensor(data), torch.tensor(data, dtype=torch.float64)
+    assert (got.dtype, got.shape, wide.dtype) == (want.dtype, want.shape, torch.float32)
+    assert torch.equal(got, want)
+    assert torch.equal(wide, want.float())
+
+
+def test_a_definition_with_numbers_in_it_is_lowered() -> None:
+    spec = kernels.ops()["winograd_convolution"]
+    captured = captured_calls([spec], dynamic=False)
+    assert not custom_ops(lower(captured, [spec]).program)
 
 
 def test_an_op_without_a_portable_form_is_named() -> None:
