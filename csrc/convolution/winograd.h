@@ -25,8 +25,8 @@ struct WinogradConvolution {
 };
 
 struct WinogradKernels {
-  int64_t block;  // tiles that a call takes at most
-  int64_t (*scratch)(const WinogradConvolution& convolution);
+  int64_t (*block)(const WinogradConvolution& convolution);    // tiles that a call takes at most
+  int64_t (*scratch)(const WinogradConvolution& convolution);  // floats that a call needs
   // Outputs of tiles [first, last), counted over all images.
   void (*run)(const WinogradConvolution& convolution, int64_t first, int64_t last, float* scratch);
 };

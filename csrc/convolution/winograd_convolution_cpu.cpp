@@ -25,9 +25,11 @@ at::Tensor winograd_convolution(const at::Tensor& x, const at::Tensor& transform
                                         out.mutable_data_ptr(), out_height, out_width, outputs, size, padding,
                                         groups(out_height, side), groups(out_width, side)};
   const int64_t tiles = images * convolution.tile_rows * convolution.tile_columns;
-  // Blocks of one size, as many for each thread.
-  const int64_t threads = at::get_num_threads(), blocks = groups(groups(tiles, kernels.block), threads) * threads;
-  const int64_t block = groups(tiles, std::min(blocks, tiles));
+  // Blocks of one size, as many for each thread; whole register tiles where there are enough.
+  constexpr int64_t kRows = 12;
+  const int64_t threads = at::get_num_threads(), most = kernels.block(convolution);
+  const int64_t blocks = groups(groups(tiles, most), threads) * threads, even = groups(tiles, std::min(blocks, tiles));
+  const int64_t block = even > kRows ? groups(even, kRows / 2) * (kRows / 2) : even;
   at::parallel_for(0, groups(tiles, block), 1, [&](int64_t begin, int64_t end) {
     const at::Tensor scratch = at::empty({kernels.scratch(convolution)}, at::kFloat);
     for (int64_t i = begin; i < end; ++i)

@@ -1,9 +1,9 @@
 // The kernels behind WinogradKernels, written once over a vector type of common/vec.h.
 //
-// A block of tiles is transformed, [36, tiles, channels]; then, a group of output channels at a time, 36 products with the
-// transformed kernels, [36, tiles, group], and the output transform. The kernels come in panels of 16 output channels, as a
-// register tile of the product walks down them: every block reads all of them, in order. Every output is summed in the
-// order of the channels, whatever the block.
+// A block of tiles is transformed, [36, tiles, channels]; then, a few panels of 16 output channels at a time, 36 products
+// with the transformed kernels, [36, panels, tiles, 16], and the output transform. What a block holds stays in cache
+// next to the kernels that stream past it; a panel of those is asked for while the one before it is multiplied. Every
+// output is summed in the order of the channels, whatever the block.
 #pragma once
 
 #include "common/products.h"
@@ -14,18 +14,34 @@
 namespace planmill {
 namespace {
 
-constexpr int64_t kTiles = 96;     // of a block: at 256 channels and 256 outputs 3.5 MB each of transforms and products
-constexpr int64_t kOutputs = 256;  // of a group
+constexpr int64_t kBytes = 1800000;  // of a block's transformed inputs: 48 tiles of 256 channels
+constexpr int64_t kPanels = 4;       // of a group
+constexpr int64_t kLine = 16;        // floats of a cache line
 
-inline int64_t whole_panels(int64_t outputs) { return (outputs + kWinogradPanel - 1) / kWinogradPanel * kWinogradPanel; }
+// Tiles of a block: whole register tiles of the product.
+inline int64_t winograd_block(const WinogradConvolution& conv) {
+  const int64_t channels = conv.channels < 1 ? 1 : conv.channels, bytes = kWinogradTaps * 4;
+  const int64_t fit = kBytes / (bytes * channels) / 12 * 12;
+  return fit < 12 ? 12 : fit > 192 ? 192 : fit;
+}
 
-inline int64_t group_of(const WinogradConvolution& conv) {
-  const int64_t outputs = whole_panels(conv.out_channels);
-  return outputs < kOutputs ? outputs : kOutputs;
+// Floats between the same number of two taps: 36 streams that advance together must not fall into the same cache sets.
+inline int64_t spread(int64_t count) { return (count + 1023) / 1024 * 1024 + kLine; }
+
+// How a block lies in the scratch memory.
+struct WinogradScratch {
+  int64_t row, input_step;  // of the inputs: floats between tiles, and between taps
+  int64_t product_step;     // of the products: floats between taps
+};
+
+inline WinogradScratch winograd_layout(const WinogradConvolution& conv, int64_t tiles) {
+  const int64_t row = conv.channels + kLine;
+  return {row, spread(tiles * row), spread(tiles * kPanels * kWinogradPanel)};
 }
 
 inline int64_t winograd_scratch(const WinogradConvolution& conv) {
-  return kWinogradTaps * kTiles * (conv.channels + group_of(conv));
+  const WinogradScratch layout = winograd_layout(conv, winograd_block(conv));
+  return kWinogradTaps * (layout.input_step + layout.product_step) + conv.channels;
 }
 
 // B^T d for the points 0, 1, -1, 1/2, -2 and infinity.
@@ -57,22 +73,6 @@ inline void transform_output(const typename V::F* m, int64_t step, typename V::F
   }
 }
 
-template <class V, class T>
-inline typename V::F load_some(const typename T::Stored* p, int64_t count) {
-  if (count >= V::kWidth) return load_row<V, T>(p);
-  float x[V::kWidth] = {};
-  for (int64_t i = 0; i < count; ++i) x[i] = T::read(p[i]);
-  return V::load(x);
-}
-
-template <class V, class T>
-inline void store_some(typename T::Stored* p, int64_t count, typename V::F value) {
-  if (count >= V::kWidth) return store_row<V, T>(p, value);
-  float x[V::kWidth];
-  V::store(x, value);
-  for (int64_t i = 0; i < count; ++i) p[i] = T::round(x[i]);
-}
-
 struct WinogradTile {
   int64_t image, row, column;  // of its first output
 };
@@ -82,94 +82,208 @@ inline WinogradTile tile_at(const WinogradConvolution& conv, int64_t index) {
   return {index / per_image, rest / conv.tile_columns * side, rest % conv.tile_columns * side};
 }
 
-// inputs [36, tiles, channels] of tiles [first, last)
+// A vector of channels of a tile: pixels + c to 36 numbers that lie `step` apart.
 template <class V, class T>
-void transform_tiles(const WinogradConvolution& conv, int64_t first, int64_t last, float* inputs) {
+inline void transform_tile(const typename T::Stored* const* pixels, int64_t c, float* to, int64_t step) {
   constexpr int64_t kSide = kWinogradSide;
-  const int64_t tiles = last - first, channels = conv.channels;
-  for (int64_t t = first; t < last; ++t) {
-    const WinogradTile tile = tile_at(conv, t);
-    const auto* image = static_cast<const typename T::Stored*>(conv.x) + tile.image * conv.height * conv.width * channels;
-    float* to = inputs + (t - first) * channels;
-    for (int64_t c = 0; c < channels; c += V::kWidth) {
-      typename V::F half[kSide][kSide], column[kSide], result[kSide];
-      for (int64_t j = 0; j < kSide; ++j) {
-        const int64_t x = tile.column - conv.padding + j;
+  typename V::F half[kSide][kSide], column[kSide], result[kSide];
 #pragma GCC unroll 6
-        for (int64_t i = 0; i < kSide; ++i) {
-          const int64_t y = tile.row - conv.padding + i;
-          const bool inside = x >= 0 && x < conv.width && y >= 0 && y < conv.height;
-          column[i] = inside ? load_some<V, T>(image + (y * conv.width + x) * channels + c, channels - c) : V::zero();
-        }
-        transform_input<V>(column, 1, result);
+  for (int64_t j = 0; j < kSide; ++j) {
 #pragma GCC unroll 6
-        for (int64_t i = 0; i < kSide; ++i) half[i][j] = result[i];
-      }
-      for (int64_t i = 0; i < kSide; ++i) {
-        transform_input<V>(half[i], 1, result);
+    for (int64_t i = 0; i < kSide; ++i) column[i] = load_row<V, T>(pixels[i * kSide + j] + c);
+    transform_input<V>(column, 1, result);
 #pragma GCC unroll 6
-        for (int64_t j = 0; j < kSide; ++j)
-          store_some<V, Float32>(to + (i * kSide + j) * tiles * channels + c, channels - c, result[j]);
-      }
-    }
+    for (int64_t i = 0; i < kSide; ++i) half[i][j] = result[i];
+  }
+#pragma GCC unroll 6
+  for (int64_t i = 0; i < kSide; ++i) {
+    transform_input<V>(half[i], 1, result);
+#pragma GCC unroll 6
+    for (int64_t j = 0; j < kSide; ++j) V::store(to + (i * kSide + j) * step, result[j]);
   }
 }
 
-// outputs of channels [channel, channel + count) from products [36, tiles, stride]
+// The channels from c on, fewer than a vector: rows of the inputs have room for a whole one.
+template <class V, class T>
+void transform_rest(const typename T::Stored* const* pixels, int64_t c, int64_t channels, float* to, int64_t step) {
+  float copies[kWinogradTaps][V::kWidth] = {};
+  const float* rest[kWinogradTaps];
+  for (int64_t tap = 0; tap < kWinogradTaps; ++tap) {
+    for (int64_t i = 0; c + i < channels; ++i) copies[tap][i] = T::read(pixels[tap][c + i]);
+    rest[tap] = copies[tap];
+  }
+  transform_tile<V, Float32>(rest, 0, to, step);
+}
+
+// Inputs of tiles [first, last); `zeros` is a pixel outside the image.
+template <class V, class T>
+void transform_tiles(const WinogradConvolution& conv, int64_t first, int64_t last, const void* zeros, float* inputs,
+                     WinogradScratch layout) {
+  using Stored = typename T::Stored;
+  constexpr int64_t kSide = kWinogradSide;
+  const int64_t channels = conv.channels;
+  for (int64_t t = first; t < last; ++t) {
+    const WinogradTile tile = tile_at(conv, t);
+    const auto* image = static_cast<const Stored*>(conv.x) + tile.image * conv.height * conv.width * channels;
+    const Stored* pixels[kWinogradTaps];
+    for (int64_t i = 0; i < kSide; ++i)
+      for (int64_t j = 0; j < kSide; ++j) {
+        const int64_t y = tile.row - conv.padding + i, x = tile.column - conv.padding + j;
+        const bool inside = x >= 0 && x < conv.width && y >= 0 && y < conv.height;
+        pixels[i * kSide + j] = inside ? image + (y * conv.width + x) * channels : static_cast<const Stored*>(zeros);
+      }
+    float* to = inputs + (t - first) * layout.row;
+    int64_t c = 0;
+    for (; c + V::kWidth <= channels; c += V::kWidth) transform_tile<V, T>(pixels, c, to + c, layout.input_step);
+    if (c < channels) transform_rest<V, T>(pixels, c, channels, to + c, layout.input_step);
+  }
+}
+
+// A vector of outputs of a tile from 36 products that lie `step` apart; `rows` and `columns` of them are in the image.
+// Inlined into its loop it spills what the loop holds.
 template <class V, class T, int Outputs>
-void finish_tiles(const WinogradConvolution& conv, int64_t first, int64_t last, const float* products, int64_t stride,
-                  int64_t channel, int64_t count) {
+__attribute__((noinline)) void finish_tile(const float* from, int64_t step, typename V::F bias, typename T::Stored* out,
+                                           int64_t row_step, int64_t column_step, int64_t rows, int64_t columns) {
   constexpr int64_t kSide = kWinogradSide;
-  const int64_t tiles = last - first;
-  for (int64_t t = first; t < last; ++t) {
-    const WinogradTile tile = tile_at(conv, t);
-    auto* image = static_cast<typename T::Stored*>(conv.out) +
-                  tile.image * conv.out_height * conv.out_width * conv.out_channels + channel;
-    const float* from = products + (t - first) * stride;
-    for (int64_t c = 0; c < count; c += V::kWidth) {
-      typename V::F column[kSide], half[Outputs][kSide], row[Outputs];
-      for (int64_t j = 0; j < kSide; ++j) {
+  typename V::F column[kSide], half[Outputs][kSide], row[Outputs];
 #pragma GCC unroll 6
-        for (int64_t i = 0; i < kSide; ++i) column[i] = V::load(from + (i * kSide + j) * tiles * stride + c);
-        transform_output<V, Outputs>(column, 1, row, 1);
+  for (int64_t j = 0; j < kSide; ++j) {
+#pragma GCC unroll 6
+    for (int64_t i = 0; i < kSide; ++i) column[i] = V::load(from + (i * kSide + j) * step);
+    transform_output<V, Outputs>(column, 1, row, 1);
 #pragma GCC unroll 5
-        for (int i = 0; i < Outputs; ++i) half[i][j] = row[i];
-      }
-      const auto bias = load_some<V, Float32>(conv.bias + channel + c, count - c);
-      for (int64_t i = 0; i < Outputs && tile.row + i < conv.out_height; ++i) {
-        transform_output<V, Outputs>(half[i], 1, row, 1);
-        for (int64_t j = 0; j < Outputs && tile.column + j < conv.out_width; ++j) {
-          auto* out = image + ((tile.row + i) * conv.out_width + tile.column + j) * conv.out_channels + c;
-          store_some<V, T>(out, count - c, V::add(row[j], bias));
-        }
-      }
+    for (int i = 0; i < Outputs; ++i) half[i][j] = row[i];
+  }
+#pragma GCC unroll 5
+  for (int64_t i = 0; i < Outputs; ++i) {
+    if (i >= rows) break;
+    transform_output<V, Outputs>(half[i], 1, row, 1);
+#pragma GCC unroll 5
+    for (int64_t j = 0; j < Outputs; ++j) {
+      if (j >= columns) break;
+      store_row<V, T>(out + i * row_step + j * column_step, V::add(row[j], bias));
+    }
+  }
+}
+
+// The same for `count` outputs, fewer than a vector.
+template <class V, class T, int Outputs>
+void finish_rest(const float* from, int64_t step, const float* bias, int64_t count, typename T::Stored* out,
+                 int64_t row_step, int64_t column_step, int64_t rows, int64_t columns) {
+  float shift[V::kWidth] = {}, whole[Outputs][Outputs][V::kWidth];
+  for (int64_t c = 0; c < count; ++c) shift[c] = bias[c];
+  constexpr int64_t kColumn = V::kWidth, kRow = Outputs * kColumn;
+  finish_tile<V, Float32, Outputs>(from, step, V::load(shift), whole[0][0], kRow, kColumn, Outputs, Outputs);
+  for (int64_t i = 0; i < Outputs && i < rows; ++i)
+    for (int64_t j = 0; j < Outputs && j < columns; ++j)
+      for (int64_t c = 0; c < count; ++c) out[i * row_step + j * column_step + c] = T::round(whole[i][j][c]);
+}
+
+// Outputs of channels [channel, channel + count), at most a panel, from their products of the first tap, [tiles, 16].
+template <class V, class T, int Outputs>
+void finish_panel(const WinogradConvolution& conv, int64_t first, int64_t last, const float* products, int64_t step,
+                  int64_t channel, int64_t count) {
+  constexpr int64_t kAhead = 2;  // tiles
+  const int64_t column_step = conv.out_channels, row_step = conv.out_width * column_step;
+  for (int64_t t = first; t < last; ++t, products += kWinogradPanel) {
+    const WinogradTile tile = tile_at(conv, t);
+    auto* out = static_cast<typename T::Stored*>(conv.out) + (tile.image * conv.out_height + tile.row) * row_step +
+                tile.column * column_step + channel;
+    const int64_t rows = conv.out_height - tile.row, columns = conv.out_width - tile.column;
+    for (int64_t tap = 0; tap < kWinogradTaps; ++tap)
+      __builtin_prefetch(products + tap * step + kAhead * kWinogradPanel);
+    for (int64_t c = 0; c < count; c += V::kWidth) {
+      const float* bias = conv.bias + channel + c;
+      if (count - c >= V::kWidth)
+        finish_tile<V, T, Outputs>(products + c, step, V::load(bias), out + c, row_step, column_step, rows, columns);
+      else
+        finish_rest<V, T, Outputs>(products + c, step, bias, count - c, out + c, row_step, column_step, rows, columns);
     }
   }
 }
 
 template <class V, class T>
-void finish_tiles(const WinogradConvolution& conv, int64_t first, int64_t last, const float* products, int64_t stride,
+void finish_panel(const WinogradConvolution& conv, int64_t first, int64_t last, const float* products, int64_t step,
                   int64_t channel, int64_t count) {
-  if (conv.size == 2) finish_tiles<V, T, 5>(conv, first, last, products, stride, channel, count);
-  else if (conv.size == 3) finish_tiles<V, T, 4>(conv, first, last, products, stride, channel, count);
-  else if (conv.size == 4) finish_tiles<V, T, 3>(conv, first, last, products, stride, channel, count);
-  else finish_tiles<V, T, 2>(conv, first, last, products, stride, channel, count);
+  if (conv.size == 2) finish_panel<V, T, 5>(conv, first, last, products, step, channel, count);
+  else if (conv.size == 3) finish_panel<V, T, 4>(conv, first, last, products, step, channel, count);
+  else if (conv.size == 4) finish_panel<V, T, 3>(conv, first, last, products, step, channel, count);
+  else finish_panel<V, T, 2>(conv, first, last, products, step, channel, count);
+}
+
+// Rows of products of a panel, c [Rows, 16]. As `multiply` of common/products.h, but four channels a turn: where another
+// thread shares the core, the instructions beside the sums count.
+template <class V, int Rows>
+inline void multiply_tile(const float* a, int64_t row, const float* b, float* c, int64_t channels) {
+  constexpr int kVectors = V::kWidth >= 16 ? 1 : 2;
+  for (int64_t first = 0; first < kWinogradPanel; first += kVectors * V::kWidth) {
+    typename V::F sums[Rows][kVectors];
+#pragma GCC unroll 12
+    for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 2
+      for (int j = 0; j < kVectors; ++j) sums[i][j] = V::zero();
+#pragma GCC unroll 4
+    for (int64_t p = 0; p < channels; ++p) {
+      typename V::F right[kVectors];
+#pragma GCC unroll 2
+      for (int j = 0; j < kVectors; ++j) right[j] = V::load(b + p * kWinogradPanel + first + j * V::kWidth);
+#pragma GCC unroll 12
+      for (int i = 0; i < Rows; ++i) {
+        const auto x = V::set1(a[i * row + p]);
+#pragma GCC unroll 2
+        for (int j = 0; j < kVectors; ++j) sums[i][j] = V::fma(x, right[j], sums[i][j]);
+      }
+    }
+#pragma GCC unroll 12
+    for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 2
+      for (int j = 0; j < kVectors; ++j) V::store(c + i * kWinogradPanel + first + j * V::kWidth, sums[i][j]);
+  }
+}
+
+// products [tiles, 16] of a tap and a panel; `next` is the panel that follows.
+template <class V>
+void multiply_panel(const float* inputs, int64_t row, int64_t tiles, int64_t channels, const float* kernel,
+                    const float* next, float* products) {
+  constexpr int kRows = kProductRows<V>;
+  const int64_t steps = (tiles + kRows - 1) / kRows, ahead = (channels + steps - 1) / steps;
+  int64_t t = 0, asked = 0;
+  for (; t + kRows <= tiles; t += kRows) {
+    for (const int64_t last = asked + ahead; asked < last && asked < channels; ++asked)
+      __builtin_prefetch(next + asked * kWinogradPanel, 0, 2);
+    multiply_tile<V, kRows>(inputs + t * row, row, kernel, products + t * kWinogradPanel, channels);
+  }
+  for (; t < tiles; ++t) multiply_tile<V, 1>(inputs + t * row, row, kernel, products + t * kWinogradPanel, channels);
 }
 
 template <class V, class T>
 void run_tiles(const WinogradConvolution& conv, int64_t first, int64_t last, float* scratch) {
-  const int64_t tiles = last - first, channels = conv.channels, stride = group_of(conv);
-  float *inputs = scratch, *products = inputs + kWinogradTaps * tiles * channels;
-  transform_tiles<V, T>(conv, first, last, inputs);
-  for (int64_t channel = 0; channel < conv.out_channels; channel += kOutputs) {
-    const int64_t left = conv.out_channels - channel, count = left < kOutputs ? left : kOutputs;
-    for (int64_t tap = 0; tap < kWinogradTaps; ++tap) {
-      const float* kernel = conv.transformed + (tap * whole_panels(conv.out_channels) + channel) * channels;
-      for (int64_t panel = 0; panel < count; panel += kWinogradPanel)
-        multiply<V>({inputs + tap * tiles * channels, channels, 1}, kernel + panel * channels, kWinogradPanel,
-                    products + tap * tiles * stride + panel, stride, tiles, channels, kWinogradPanel, false);
+  const int64_t tiles = last - first, channels = conv.channels;
+  const int64_t panels = (conv.out_channels + kWinogradPanel - 1) / kWinogradPanel;
+  const WinogradScratch layout = winograd_layout(conv, tiles);
+  float *inputs = scratch, *products = inputs + kWinogradTaps * layout.input_step;
+  float* zeros = products + kWinogradTaps * layout.product_step;
+  for (int64_t i = 0; i < channels; ++i) zeros[i] = 0.0f;
+  transform_tiles<V, T>(conv, first, last, zeros, inputs, layout);
+  const auto kernel = [&](int64_t tap, int64_t panel) {
+    return conv.transformed + (tap * panels + panel) * channels * kWinogradPanel;
+  };
+  for (int64_t begin = 0; begin < panels; begin += kPanels) {
+    const int64_t end = begin + kPanels < panels ? begin + kPanels : panels;
+    for (int64_t tap = 0; tap < kWinogradTaps; ++tap)
+      for (int64_t panel = begin; panel < end; ++panel) {
+        const bool last_panel = panel + 1 == end, last_tap = tap + 1 == kWinogradTaps;
+        const float* next = !last_panel ? kernel(tap, panel + 1)
+                            : !last_tap ? kernel(tap + 1, begin)
+                                        : kernel(0, end < panels ? end : 0);
+        multiply_panel<V>(inputs + tap * layout.input_step, layout.row, tiles, channels, kernel(tap, panel), next,
+                          products + tap * layout.product_step + (panel - begin) * tiles * kWinogradPanel);
+      }
+    for (int64_t panel = begin; panel < end; ++panel) {
+      const int64_t channel = panel * kWinogradPanel, left = conv.out_channels - channel;
+      finish_panel<V, T>(conv, first, last, products + (panel - begin) * tiles * kWinogradPanel, layout.product_step,
+                         channel, left < kWinogradPanel ? left : kWinogradPanel);
     }
-    finish_tiles<V, T>(conv, first, last, products, stride, channel, count);
   }
 }
 
@@ -182,7 +296,7 @@ void run_winograd(const WinogradConvolution& conv, int64_t first, int64_t last, 
 
 template <class V>
 constexpr WinogradKernels winograd_kernels() {
-  return {kTiles, &winograd_scratch, &run_winograd<V>};
+  return {&winograd_block, &winograd_scratch, &run_winograd<V>};
 }
 
 }  // namespace
