@@ -1,6 +1,8 @@
-"""Mutual scoring of an image set that is cut into shards: the shards' images go round, the minima stay."""
+"""Mutual scoring of an image set that is cut into shards: the images go half way round, minima come back."""
 
 from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 
@@ -34,11 +36,11 @@ def score_mutually_in_shards(
 ) -> torch.Tensor:
     """`score_mutually` of images that live in several processes or machines.
 
-    Each of S shards computes the minima of its own patches in all images. In round r shard s reads the block of shard
-    s + r, so each block is read by one shard at a time. The minima stay where they are; only scores [N, P] come back.
-    A process that is lost is started again from its source and repeats what it had not answered; minima that were
-    finished are not computed again. Each pair of images is visited from both sides: twice the products of
-    `score_mutually`, where one tile gives both.
+    Each pair of images is visited once, as in `score_mutually`: one tile gives the minima of both. In round r of S / 2
+    shard s reads the block of shard s + r, so each block is read by one shard at a time, and keeps the minima of both
+    for those who need them; in the last round of an even S each of a pair of shards does half of it. Only scores [N, P]
+    come back. A process that is lost is started again from its source and repeats what it had not answered; minima that
+    were finished are not computed again.
 
     Args:
         images: [N, P, C], cut into `shards` parts; or one source per shard, as in `ShardedIndex`.
@@ -68,18 +70,56 @@ def score_mutually_in_shards(
         check_scoring(op, one, low, high, radius, grid, True)
         if ends[-1] < 2:
             raise ValueError(f"{op}: needs at least 2 images, got {ends[-1]}")
-        count = len(actors)
-        parts: list[dict] = [{} for _ in actors]
-        for turn in range(count):
-            for own, actor in enumerate(actors):
-                other = (own + turn) % count
-                parts[own][other] = actor.minima.remote(blocks[other], radius, grid)
-            calls = [parts[own][(own + turn) % count] for own in range(count)]
+        parts: list[list[tuple[tuple[int, int], object]]] = [[] for _ in actors]
+        for turn in deal([after - before for before, after in pairwise(ends)]):
+            calls = []
+            for task in turn:
+                others = None if task.other == task.own else blocks[task.other]
+                call = actors[task.own].minima.options(num_returns=2)
+                there, back = call.remote(task.rows, others, task.columns, radius, grid)
+                parts[task.own].append(((task.rows[0], ends[task.other] + task.columns[0]), there))
+                if others is not None:
+                    parts[task.other].append(((task.columns[0], ends[task.own] + task.rows[0]), back))
+                calls += [there, back]
             finish(ray, calls)  # no shard reads ahead: blocks are large
         means = [
-            actor.means.remote(ends[own], low, high, *(parts[own][other] for other in range(count)))
-            for own, actor in enumerate(actors)
+            actor.means.remote(start, ends[-1], low, high, [place for place, _ in found], *(part for _, part in found))
+            for actor, start, found in zip(actors, ends[:-1], parts, strict=True)
         ]
         return torch.cat([block.tensor() for block in collect(ray, means)])
     finally:
         stop_actors(ray, actors)
+
+
+class Task(NamedTuple):
+    """What a shard does in a round.
+
+    Args:
+        own: the shard.
+        rows: which of its images.
+        other: the shard whose images it meets; itself: its pairs.
+        columns: which of those.
+    """
+
+    own: int
+    rows: tuple[int, int]
+    other: int
+    columns: tuple[int, int]
+
+
+def deal(sizes: Sequence[int]) -> list[list[Task]]:
+    """Rounds of tasks in which shards of these sizes visit each pair of images once, each shard once a round."""
+    count = len(sizes)
+    turns = [
+        [Task(s, (0, sizes[s]), (s + r) % count, (0, sizes[(s + r) % count])) for s in range(count)]
+        for r in range((count + 1) // 2)
+    ]
+    if count % 2 == 0:
+        last = []
+        for s in range(count // 2):
+            other = s + count // 2
+            middle = sizes[other] // 2
+            last.append(Task(s, (0, sizes[s]), other, (0, middle)))
+            last.append(Task(other, (middle, sizes[other]), s, (0, sizes[s])))
+        turns.append(last)
+    return turns

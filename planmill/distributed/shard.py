@@ -6,10 +6,12 @@ from typing import Protocol
 import torch
 
 from planmill.distributed.blocks import Block
-from planmill.kernels.neighbors.bank_score.op import score_against_bank
 from planmill.kernels.neighbors.knn.op import find_neighbors
+from planmill.kernels.neighbors.mutual_score.op import score_mutually
 from planmill.kernels.neighbors.mutual_score.reference import interval
-from planmill.kernels.neighbors.segmented_min.op import minimize_by_segment
+
+Range = tuple[int, int]
+Place = tuple[int, int]
 
 
 class Searcher(Protocol):
@@ -88,24 +90,48 @@ class ImageShard(_Process):
         """Of the images, and their dtype."""
         return tuple(self._images.shape), str(self._images.dtype)
 
-    def minima(self, others: Block, radius: float | None, grid: tuple[int, int] | None) -> Block:
-        """How far each patch is from its nearest in each of `others` [m, P, C]: [n, P, m]."""
-        x, y = self._images, others.tensor()
-        if radius is None:
-            ends = torch.arange(len(y) + 1) * y.shape[1]
-            nearest = minimize_by_segment(x.flatten(0, 1), y.flatten(0, 1), ends)[0]
-            return Block.of(nearest.view(*x.shape[:2], len(y)))
-        # the score against a bank of one image is the distance from that image
-        scores = [score_against_bank(x, z[None], 0.0, 1.0, radius=radius, grid=grid, exact=True) for z in y]
-        return Block.of(torch.stack(scores, 2))
+    def minima(
+        self, own: Range, others: Block | None, columns: Range, radius: float | None, grid: tuple[int, int] | None
+    ) -> tuple[Block, Block]:
+        """How far patches are from their nearest in another image, both ways from one visit of each pair.
 
-    def means(self, first: int, low: float, high: float, *parts: Block) -> Block:
-        """Scores [n, P] from the minima against all images, shard by shard; the first image here is number `first`.
+        Args:
+            own: which images here, n of them.
+            others: images of another shard; None: those here, each pair of different ones once.
+            columns: which of the others, m of them.
+            radius, grid: as in `score_mutually`.
+
+        Returns:
+            [n, P, m] from here to there, [m, P, n] back; each inf where an image meets itself.
+        """
+        x, y = self._images[slice(*own)], (self._images if others is None else others.tensor())[slice(*columns)]
+        there = torch.full((len(x), x.shape[1], len(y)), torch.inf)
+        back = torch.full((len(y), x.shape[1], len(x)), torch.inf)
+        for i, one in enumerate(x):
+            for j in range(i + 1 if others is None else 0, len(y)):
+                # a set of two images: the score of each is the distance from the other
+                both = score_mutually(torch.stack([one, y[j]]), 0.0, 1.0, radius=radius, grid=grid, exact=True)
+                there[i, :, j], back[j, :, i] = both
+                if others is None:
+                    there[j, :, i], back[i, :, j] = both[1], both[0]
+        return Block.of(there), Block.of(back)
+
+    def means(self, first: int, images: int, low: float, high: float, places: list[Place], *parts: Block) -> Block:
+        """Scores [n, P] from the minima against all images of the set.
 
         The sum runs in the order of the kernel's, in double: nothing else gives the same bits.
+
+        Args:
+            first: the number of the first image here.
+            images: how many the set has.
+            low, high: as in `score_mutually`.
+            places: for each part the first image here, and the first of the set, that it is about.
+            parts: minima [., P, .].
         """
-        table = torch.cat([part.tensor() for part in parts], 2)
-        images = table.shape[2]
+        table = torch.empty(*self._images.shape[:2], images)
+        for (row, column), part in zip(places, parts, strict=True):
+            block = part.tensor()
+            table[row : row + len(block), :, column : column + block.shape[2]] = block
         own = torch.arange(first, first + len(table))[:, None]
         others = torch.arange(images - 1).expand(len(table), -1)
         others = others + (others >= own)

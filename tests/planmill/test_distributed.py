@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from planmill.distributed import mutual as mutual_module
 from planmill.distributed.blocks import Block
 from planmill.distributed.cluster import Placement
 from planmill.distributed.index import merge
+from planmill.distributed.mutual import deal
 from planmill.distributed.shard import ImageShard
 from planmill.errors import PlanmillError
 from planmill.kernels.neighbors import MemoryBank, find_neighbors, score_mutually
@@ -142,14 +144,38 @@ def images_of(count: int, patches: int, channels: int) -> torch.Tensor:
 @pytest.mark.parametrize(("low", "high"), [(0.0, 0.3), (0.2, 0.9), (1.0, 4.0)])
 def test_minima_and_means_of_shards(low: float, high: float, radius: float | None) -> None:
     images = images_of(7, 36, 30) + 3
-    parts = images.split([1, 4, 2])
-    scores, first = [], 0
-    for part in parts:
-        shard = ImageShard(Block.of(part), torch.get_num_threads())
-        minima = [shard.minima(Block.of(other), radius, (6, 6)) for other in parts]
-        scores.append(shard.means(first, low, high, *minima).tensor())
-        first += len(part)
-    same([torch.cat(scores)], [score_mutually(images, low, high, radius=radius, grid=(6, 6))])
+    for sizes in ([1, 4, 2], [2, 5], [7]):
+        parts = images.split(sizes)
+        starts = [sum(sizes[:s]) for s in range(len(sizes))]
+        shards = [ImageShard(Block.of(part), torch.get_num_threads()) for part in parts]
+        places, minima = [[] for _ in sizes], [[] for _ in sizes]  # type: ignore[var-annotated]
+        for own, rows, other, columns in chain.from_iterable(deal(sizes)):
+            others = None if other == own else Block.of(parts[other])
+            there, back = shards[own].minima(rows, others, columns, radius, (6, 6))
+            places[own].append((rows[0], starts[other] + columns[0]))
+            minima[own].append(there)
+            if other != own:
+                places[other].append((columns[0], starts[own] + rows[0]))
+                minima[other].append(back)
+        scores = [
+            shard.means(first, 7, low, high, place, *part).tensor()
+            for shard, first, place, part in zip(shards, starts, places, minima, strict=True)
+        ]
+        same([torch.cat(scores)], [score_mutually(images, low, high, radius=radius, grid=(6, 6))])
+
+
+@pytest.mark.parametrize("sizes", [[5], [3, 4], [1, 1], [2, 1, 3], [4, 1, 2, 3], [1, 2, 3, 4, 5], [1] * 8], ids=str)
+def test_each_pair_of_images_is_dealt_once(sizes: list[int]) -> None:
+    names = [[(s, i) for i in range(size)] for s, size in enumerate(sizes)]
+    met = []
+    for turn in deal(sizes):
+        assert len({task.own for task in turn}) == len(turn) <= len(sizes)
+        assert len({task.other for task in turn}) == len(turn)  # each block is read by one shard
+        for own, rows, other, columns in turn:
+            pairs = [(a, b) for a in names[own][slice(*rows)] for b in names[other][slice(*columns)]]
+            met += [frozenset(pair) for pair in pairs if own != other or pair[0] < pair[1]]
+    count = sum(sizes)
+    assert len(met) == len(set(met)) == count * (count - 1) // 2
 
 
 @pytest.mark.slow  # processes of their own; the arithmetic is test_minima_and_means_of_shards'
