@@ -1,6 +1,7 @@
 """What a plan says about itself: the schema of `manifest.json`."""
 
 import re
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
 import torch
@@ -10,6 +11,7 @@ FORMAT_VERSION: Literal[1] = 1
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Verified = Literal["executed", "onnx, not executed on device"]
+Plugins = Literal["python", "aot", "none"]
 Name = Annotated[str, Field(min_length=1, max_length=256, pattern=r"^[^\s\x00-\x1f]+$")]
 Size = Annotated[int, Field(ge=0, lt=2**63)]
 
@@ -58,6 +60,17 @@ class DimRange(_Record):
         if not self.minimum <= self.optimum <= self.maximum:
             raise ValueError(f"sizes must satisfy min <= opt <= max, got {self.minimum}:{self.optimum}:{self.maximum}")
         return self
+
+
+def shape_profile(
+    inputs: Sequence[TensorSpec], dynamic: Mapping[str, DimRange]
+) -> dict[str, tuple[list[int], list[int], list[int]]]:
+    """Smallest, optimal and largest shape of each input."""
+
+    def shape(spec: TensorSpec, which: str) -> list[int]:
+        return [size if isinstance(size, int) else getattr(dynamic[size], which) for size in spec.shape]
+
+    return {s.name: (shape(s, "minimum"), shape(s, "optimum"), shape(s, "maximum")) for s in inputs}
 
 
 class Versions(_Record):
@@ -143,7 +156,7 @@ class TensorRT(_Record):
 
     version: str
     sms: list[Annotated[int, Field(ge=50, lt=1000)]]
-    plugin_mode: Literal["python", "aot", "none"]
+    plugin_mode: Plugins
     plugins: dict[str, str]
     layers: dict[str, int]
     opset: int
@@ -163,7 +176,7 @@ class Gpu(_Record):
 
     name: str
     sm: Annotated[int, Field(ge=50, lt=1000)]
-    plugin_mode: Literal["python", "aot", "none"]
+    plugin_mode: Plugins
     kernels: dict[str, int]
 
 

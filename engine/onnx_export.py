@@ -19,10 +19,11 @@ from onnxscript import opset20
 
 from planmill.engine.capture import Captured, custom_overloads, quiet_copies
 from planmill.engine.errors import PlanError, first_line
+from planmill.engine.manifest import Plugins
 from planmill.engine.onnx_ops import translation
 from planmill.engine.onnx_simplify import simplify
 from planmill.engine.portable import lower
-from planmill.engine.targets import Plugins
+from planmill.engine.targets import PLUGINS
 from planmill.kernels.common.spec import NAMESPACE, REGISTRY
 
 OPSET = 20
@@ -61,8 +62,8 @@ def export_onnx(captured: Captured, folder: Path, *, plugins: Plugins, largest: 
     Raises:
         PlanError: an op that ONNX has no operator for, or one of ours that cannot be lowered; names it.
     """
-    if plugins not in ("python", "aot", "none"):
-        raise PlanError(f"plugins must be python, aot or none, got {plugins!r}")
+    if plugins not in PLUGINS:
+        raise PlanError(f"plugins must be {', '.join(PLUGINS)}, got {plugins!r}")
     ours = {op: REGISTRY[op._schema.name.partition("::")[2]] for op in own_overloads(captured)}
     if plugins == "none":
         captured, ours = lower(captured, ours.values()), {}

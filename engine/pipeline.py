@@ -21,17 +21,19 @@ from planmill.engine.manifest import (
     Gpu,
     Manifest,
     Payload,
+    Plugins,
     Precision,
     Receipt,
     TensorRT,
-    TensorSpec,
     Tolerance,
+    Verified,
+    shape_profile,
 )
 from planmill.engine.plan import Plan, check_destination, describe_payload, write_plan
 from planmill.engine.rewrites import default_passes
 from planmill.engine.rewrites import rewrite as rewrite_program
 from planmill.engine.swap import accelerate as swap_blocks
-from planmill.engine.targets import Built, Device, Options, Plugins, Runner, Target, choose_device, find_target
+from planmill.engine.targets import Built, Device, Options, Runner, Target, choose_device, find_target
 from planmill.engine.verify import TOLERANCES, Sampler, verify
 from planmill.kernels.common.spec import NAMESPACE
 
@@ -94,27 +96,18 @@ def build(
     started = time.perf_counter()
     module = find_target(target)
     place = choose_device(target, device)
-    inside = (target, place) == ("aoti", "cuda")
-    options = Options(plugins or ("aot" if inside else "python"), tuple(sms), place)
     path = check_destination(out)
     kept = _plain_json(metadata or {})
     progress("capture", 0.0)
     captured = _capture(model, accelerate, example_inputs, dynamic, precision, output_names)
     captured = rewrite_program(captured, default_passes(target, place) if rewrite is True else rewrite or ())
+    proof = _Proof(captured, tolerance or TOLERANCES[precision], sample, progress)
+    inside = (target, place) == ("aoti", "cuda")
+    options = Options(plugins or ("aot" if inside else "python"), tuple(sms), place, proof.of_onnx)
     with tempfile.TemporaryDirectory(prefix="planmill-") as folder:
         progress("compile", 0.0)
         built = module.compile_program(captured, Path(folder), options)
-        progress("verify", 0.0)
-        runner = _runner(module, built, captured)
-        receipt = verify(
-            runner,
-            captured,
-            tolerance or TOLERANCES[precision],
-            sample=sample,
-            verified="executed" if built.onnx is None else "onnx, not executed on device",
-            proof=getattr(runner, "proof", ""),
-            progress=lambda fraction: progress("verify", fraction),
-        )
+        receipt = proof.receipt or proof.of_built(module, built)
         progress("write", 0.0)
         tensorrt, gpu = _tensorrt(built, captured, options), _gpu(built, options)
         described, seconds = describe_payload(built.payload), time.perf_counter() - started
@@ -145,22 +138,54 @@ def _capture(
     return replace(captured, reference=Boundary(model, names).eval())
 
 
-def _runner(target: Target, built: Built, captured: Captured) -> Runner:
-    """What is compared with the model: the payload, or the ONNX graph behind one that cannot run here."""
-    if built.onnx is None:
-        return target.load_payload(built.payload)
-    from planmill.engine.onnx_runner import OnnxRunner
+class _Proof:
+    """The comparison with the model that makes a plan's receipt.
 
-    return OnnxRunner(built.onnx, captured.outputs)
+    Args:
+        captured: the model.
+        tolerance: how far an output may be off.
+        sample: see `build`.
+        progress: see `build`.
+
+    Attributes:
+        receipt: None before the comparison.
+    """
+
+    def __init__(self, captured: Captured, tolerance: Tolerance, sample: Sampler | None, progress: Progress) -> None:
+        self.captured, self.tolerance, self.sample, self.progress = captured, tolerance, sample, progress
+        self.receipt: Receipt | None = None
+
+    def of_built(self, target: Target, built: Built) -> Receipt:
+        """Of the payload, or of the ONNX graph behind one that cannot run here."""
+        if built.onnx is not None:
+            return self.of_onnx(built.onnx)
+        self.progress("verify", 0.0)
+        return self._of(target.load_payload(built.payload), "executed", "")
+
+    def of_onnx(self, path: Path) -> Receipt:
+        """Of an ONNX file."""
+        from planmill.engine.onnx_runner import OnnxRunner
+
+        self.progress("verify", 0.0)
+        runner = OnnxRunner(path, self.captured.outputs)
+        return self._of(runner, "onnx, not executed on device", runner.proof)
+
+    def _of(self, runner: Runner, verified: Verified, proof: str) -> Receipt:
+        self.receipt = verify(
+            runner,
+            self.captured,
+            self.tolerance,
+            sample=self.sample,
+            verified=verified,
+            proof=proof,
+            progress=lambda fraction: self.progress("verify", fraction),
+        )
+        return self.receipt
 
 
 def _tensorrt(built: Built, captured: Captured, options: Options) -> TensorRT | None:
     if built.tensorrt_version is None:
         return None
-
-    def shape(spec: TensorSpec, which: str) -> list[int]:
-        return [getattr(captured.dynamic[size], which) if isinstance(size, str) else size for size in spec.shape]
-
     return TensorRT(
         version=built.tensorrt_version,
         sms=list(built.sms),
@@ -168,7 +193,7 @@ def _tensorrt(built: Built, captured: Captured, options: Options) -> TensorRT | 
         plugins=built.plugins,
         layers=built.layers,
         opset=built.opset or 0,
-        profile={s.name: (shape(s, "minimum"), shape(s, "optimum"), shape(s, "maximum")) for s in captured.inputs},
+        profile=shape_profile(captured.inputs, captured.dynamic),
         builder_seconds=round(built.builder_seconds or 0.0, 3),
     )
 

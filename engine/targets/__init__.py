@@ -6,14 +6,14 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol, cast, runtime_checkable
+from typing import Literal, Protocol, cast, get_args, runtime_checkable
 
 import torch
 
 from planmill.engine.capture import Captured
 from planmill.engine.errors import PlanError
 from planmill.engine.machine import require_gpu
-from planmill.engine.manifest import Manifest
+from planmill.engine.manifest import Manifest, Plugins
 
 Device = Literal["cpu", "cuda"]
 
@@ -33,8 +33,7 @@ DEVICES: dict[str, tuple[Device, ...]] = {
 
 _EXTRA = ("onnx", "onnxscript", "onnxruntime", "tensorrt", "tensorrt_rtx")
 
-Plugins = Literal["python", "aot", "none"]
-PLUGINS: dict[str, Plugins] = {"python": "python", "aot": "aot", "none": "none"}
+PLUGINS: dict[str, Plugins] = {mode: mode for mode in get_args(Plugins)}
 Runner = Callable[[list[torch.Tensor]], list[torch.Tensor]]
 
 
@@ -47,11 +46,14 @@ class Options:
             (each lowered to standard operators).
         sms: the GPU architectures of a TensorRT plan, e.g. (80, 120); empty: the target's own choice.
         device: where the plan runs.
+        meanwhile: called with the ONNX file while a builder works on it, where the target has one; what it raises ends
+            the build.
     """
 
     plugins: Plugins = "python"
     sms: tuple[int, ...] = ()
     device: Device = "cpu"
+    meanwhile: Callable[[Path], object] | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ it and in float32 elsewhere. On a CPU it computes float64 in float32 and int64 i
 import json
 import threading
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from planmill.engine.manifest import Manifest
 from planmill.engine.targets import Built, Options, Runner
 
 _PAYLOAD = "openvino.zip"
+# What zipfile and json raise on a damaged file: offsets beyond its ends, sizes that are not its own, other methods.
+_DAMAGE = (OSError, EOFError, RuntimeError, KeyError, ValueError, TypeError, zipfile.BadZipFile, zlib.error)
 _GRAPH, _WEIGHTS, _SETTINGS = "model.xml", "model.bin", "settings.json"
 
 
@@ -72,10 +75,8 @@ def load_payload(path: Path, manifest: Manifest | None = None) -> Runner:
     openvino = _library()
     core = openvino.Core()
     try:
-        with zipfile.ZipFile(path) as archive:
-            graph, weights, settings = (archive.read(name) for name in (_GRAPH, _WEIGHTS, _SETTINGS))
+        graph, weights, wanted = _unpacked(path)
         model = core.read_model(graph, weights)
-        wanted = json.loads(settings)["precision"]
         able = wanted.upper() in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         config = {
             "PERFORMANCE_HINT": "LATENCY",
@@ -83,8 +84,21 @@ def load_payload(path: Path, manifest: Manifest | None = None) -> Runner:
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         }
         return _Runner(openvino, core.compile_model(model, "CPU", config))
-    except (RuntimeError, KeyError, ValueError, zipfile.BadZipFile) as error:
+    except RuntimeError as error:
         raise PlanError(f"the plan's OpenVINO model cannot be loaded: {first_line(error)}") from error
+
+
+def _unpacked(path: Path) -> tuple[bytes, bytes, str]:
+    """Graph, weights and the precision to compute in."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            graph, weights, settings = (archive.read(name) for name in (_GRAPH, _WEIGHTS, _SETTINGS))
+        wanted = json.loads(settings)["precision"]
+        if wanted not in ("f32", "bf16"):
+            raise ValueError(f"no precision named {wanted!r}")
+    except _DAMAGE as error:
+        raise PlanError(f"the plan's OpenVINO model cannot be loaded: {first_line(error)}") from error
+    return graph, weights, wanted
 
 
 class _Runner:

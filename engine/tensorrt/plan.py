@@ -7,7 +7,7 @@ import torch
 
 from planmill.engine.capture import Captured
 from planmill.engine.errors import PlanError
-from planmill.engine.manifest import DimRange, TensorSpec
+from planmill.engine.manifest import DimRange, TensorSpec, shape_profile
 from planmill.engine.onnx_export import OnnxModel, export_onnx
 from planmill.engine.plugins import DTYPES, plugin_name
 from planmill.engine.targets import Built, Options
@@ -20,6 +20,7 @@ from planmill.kernels.common.spec import NAMESPACE
 
 PAYLOAD = "tensorrt.engine"
 DEFAULT_SMS = (80, 86, 89, 120)
+_TOGETHER = 1 << 30  # bytes of an ONNX file beyond which its builder has the memory for itself
 
 
 def compile_captured(captured: Captured, folder: Path, options: Options, library: Library) -> Built:
@@ -59,18 +60,24 @@ def build_onnx(
     Raises:
         PlanError: the builder gives no plan, or another one than was asked for.
     """
-    sms = _architectures(options, library)
+    sms, profile = _architectures(options, library), shape_profile(inputs, dynamic)
     job = Job(
         library=library,
         onnx=str(mark_nodes(model.path) if options.plugins == "aot" else model.path),
         plan=str(builder.folder / PAYLOAD),
         report=str(builder.folder / "report.json"),
         sms=sms,
-        profile=shape_profile(inputs, dynamic),
+        profile={
+            spec.name: list(profile[spec.name]) for spec in inputs if any(isinstance(size, str) for size in spec.shape)
+        },
         plugins=[plugin_name(op) for op in model.ops],
         aot=options.plugins == "aot",
     )
-    report = builder.build(job)
+    together = sum(file.stat().st_size for file in model.path.parent.glob(f"{model.path.name}*")) <= _TOGETHER
+    builder.start(job)
+    if options.meanwhile is not None and together:
+        options.meanwhile(model.path)
+    report = builder.wait(job)
     payload = Path(job.plan)
     if library == "tensorrt_rtx":
         head = read_head(payload)
@@ -89,18 +96,6 @@ def build_onnx(
         opset=model.opset,
         builder_seconds=report.seconds,
     )
-
-
-def shape_profile(inputs: list[TensorSpec], dynamic: Mapping[str, DimRange]) -> dict[str, list[list[int]]]:
-    """Smallest, optimal and largest shape of every input with a dynamic dimension."""
-    return {
-        spec.name: [
-            [size if isinstance(size, int) else getattr(dynamic[size], which) for size in spec.shape]
-            for which in ("minimum", "optimum", "maximum")
-        ]
-        for spec in inputs
-        if any(isinstance(size, str) for size in spec.shape)
-    }
 
 
 def check_dtypes(captured: Captured) -> None:

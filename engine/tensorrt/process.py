@@ -1,5 +1,6 @@
 """The side of a TensorRT build that survives: it starts the builder's process and judges what becomes of it."""
 
+import contextlib
 import json
 import re
 import signal
@@ -37,31 +38,47 @@ _ANY_WAY = "build with other --plugins or another --precision, and report it wit
 
 
 class Builder:
-    """A builder's process, importing; `build` gives it its job. See `start_builder`."""
+    """A builder's process, importing; `start` gives it its job. See `start_builder`."""
 
     def __init__(self, process: "subprocess.Popen[str]", folder: Path) -> None:
         self.process, self.folder = process, folder
 
-    def build(self, job: Job, *, timeout_s: float | None = None) -> Report:
-        """Build a plan and wait for it.
+    def start(self, job: Job) -> None:
+        """Give it its job; `wait` must follow.
 
         Args:
             job: what to build.
+        """
+        path = self.folder / "job.json"
+        path.write_text(json.dumps(asdict(job)))
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it has died: `wait` says of what
+            self.process.stdin.write(f"{path}\n")
+            self.process.stdin.flush()
+
+    def wait(self, job: Job, *, timeout_s: float | None = None) -> Report:
+        """Wait for the plan.
+
+        Args:
+            job: that it was given.
             timeout_s: how long to wait.
 
         Raises:
             PlanError: there is no plan: what the builder said, or what ended its process, with the lines of its log
                 and the way out.
         """
-        path = self.folder / "job.json"
-        path.write_text(json.dumps(asdict(job)))
         try:
-            self.process.communicate(f"{path}\n", timeout=timeout_s)
+            self.process.wait(timeout=timeout_s)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
             raise PlanError(f"{_name(job)} did not finish within {timeout_s:g} s; {_ANY_WAY}") from None
         return _judge(job, self.process.returncode, read_log(self.folder))
+
+    def build(self, job: Job, *, timeout_s: float | None = None) -> Report:
+        """Build a plan and wait for it; see `start` and `wait`."""
+        self.start(job)
+        return self.wait(job, timeout_s=timeout_s)
 
 
 @contextmanager

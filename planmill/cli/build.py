@@ -1,6 +1,7 @@
 """`planmill build`: a model becomes a plan."""
 
 import contextlib
+import gc
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,8 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from planmill.engine import Tolerance
-    from planmill.engine.manifest import Precision
-    from planmill.engine.targets import Plugins
+    from planmill.engine.manifest import Plugins, Precision
 
 _STAGES = {
     "load": "loading the model",
@@ -91,6 +91,7 @@ def build(
     kind: Precision = precision
     check_destination(out)
     tolerance = _tolerance(kind, max_rel, cosine)
+    gc.freeze()  # what is imported stays: a build allocates much, and the collector would go through it every time
     with _progress() as advance:
         advance("load", 0.0)
         torch.manual_seed(seed)

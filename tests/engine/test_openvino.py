@@ -1,7 +1,9 @@
 """Target openvino: the same plan file and session, other code inside. OpenVINO is Apache-2.0."""
 
+import random
 import sys
 import threading
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 from torch import nn
 
 from planmill.engine import DynamicDim, PlanError, Session, build, capture
-from planmill.engine.targets import Options, find_target
+from planmill.engine.targets import Options, find_target, openvino
 from planmill.kernels.neighbors import score_mutually
 
 SMALL = DynamicDim("batch", 1, 3, 8)
@@ -115,3 +117,26 @@ def test_what_openvino_does_not_know_is_refused_by_name(tmp_path: Path, monkeypa
     with pytest.raises(PlanError, match=r"pip install 'planmill\[openvino\]'"):
         target.compile_program(capture(nn.ReLU().eval(), torch.ones(2, 3)), tmp_path, Options())
     assert not list(tmp_path.glob("*.plan"))
+
+
+def test_a_damaged_payload_is_one_error(tmp_path: Path) -> None:
+    """Any byte changed, in the zip's own tables above all: read, or refused by one PlanError."""
+    path, rng = tmp_path / "openvino.zip", random.Random(0)
+    members = {"model.xml": "<net/>", "model.bin": "weights", "settings.json": '{"precision": "f32"}'}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for name, content in (
+            ("model.xml", "<net/>"),
+            ("model.bin", "weights"),
+            ("settings.json", '{"precision": "f32"}'),
+        ):
+            archive.writestr(name, content)
+    whole = path.read_bytes()
+    refused = 0
+    for _ in range(1000):
+        at = rng.randrange(len(whole))
+        path.write_bytes(whole[:at] + rng.randbytes(rng.choice([1, 1, 4])) + whole[at + 1 :])
+        try:
+            assert openvino._unpacked(path)[2] in ("f32", "bf16")
+        except PlanError as error:
+            refused += "OpenVINO model cannot be loaded" in str(error)
+    assert refused > 500

@@ -15,8 +15,8 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from planmill.engine import DynamicDim, PlanError, capture
-from planmill.engine.manifest import DimRange, TensorSpec
-from planmill.engine.targets import Options, Plugins
+from planmill.engine.manifest import DimRange, Plugins, TensorSpec, shape_profile
+from planmill.engine.targets import Options
 from planmill.engine.tensorrt import builder, head, plan, process
 from planmill.engine.tensorrt.builder import Job, Report
 from planmill.errors import PlanmillError
@@ -151,6 +151,41 @@ def test_an_export_that_fails_ends_the_builder(tmp_path: Path) -> None:
     assert started.process.poll() is not None
 
 
+def test_the_proof_is_made_while_the_builder_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    captured = capture(nn.Linear(4, 3).eval(), torch.randn(2, 4), dynamic=DynamicDim("batch", 1, 2, 4))
+    seen: list[tuple[str, bool]] = []
+
+    def look(path: Path) -> None:
+        onnx.checker.check_model(str(path))
+        seen.append((path.name, (tmp_path / "report.json").exists()))
+
+    built = plan.compile_captured(captured, tmp_path, Options(sms=(89,), meanwhile=look), "tensorrt_rtx")
+    assert built.payload.exists()
+    assert seen == [("model.onnx", False)]
+    monkeypatch.setattr(plan, "_TOGETHER", 0)  # a large model's builder has the memory for itself
+    with pytest.raises(PlanError, match="cannot build for SM90"):
+        plan.compile_captured(captured, tmp_path, Options(sms=(90,), meanwhile=look), "tensorrt_rtx")
+    assert len(seen) == 1
+
+
+def test_a_proof_that_fails_ends_the_builder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: Path) -> None:
+        raise PlanError("out of tolerance")
+
+    started: list[process.Builder] = []
+    start = process.Builder.start
+
+    def remember(self: process.Builder, job: Job) -> None:
+        started.append(self)
+        start(self, job)
+
+    monkeypatch.setattr(process.Builder, "start", remember)
+    captured = capture(nn.Linear(4, 3).eval(), torch.randn(2, 4), dynamic=None)
+    with pytest.raises(PlanError, match="out of tolerance"):
+        plan.compile_captured(captured, tmp_path, Options(meanwhile=fail), "tensorrt_rtx")
+    assert started[0].process.poll() == -signal.SIGKILL
+
+
 def test_a_job_that_cannot_be_read_is_one_error(job: Job) -> None:
     with pytest.raises(PlanError, match=r"ended with code 1 and left no report; its log: .*TypeError"):
         run(replace(job, memory_bytes="much"))  # type: ignore[arg-type]
@@ -198,13 +233,16 @@ def test_a_library_that_is_missing_says_how_to_get_it(monkeypatch: pytest.Monkey
         builder.import_library("tensorrt")
 
 
-def test_profile_holds_the_inputs_that_change() -> None:
+def test_profile_of_fixed_and_of_dynamic_inputs() -> None:
     inputs = [
         TensorSpec(name="x", dtype="float32", shape=["batch", 3, "side", "side"]),
         TensorSpec(name="y", dtype="float32", shape=[2, 3]),
     ]
     ranges = {"batch": DimRange(minimum=1, optimum=2, maximum=3), "side": DimRange(minimum=4, optimum=5, maximum=6)}
-    assert plan.shape_profile(inputs, ranges) == {"x": [[1, 3, 4, 4], [2, 3, 5, 5], [3, 3, 6, 6]]}
+    assert shape_profile(inputs, ranges) == {
+        "x": ([1, 3, 4, 4], [2, 3, 5, 5], [3, 3, 6, 6]),
+        "y": ([2, 3], [2, 3], [2, 3]),
+    }
 
 
 class InDouble(nn.Module):

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from planmill.engine import DynamicDim, Plan, PlanError, Session, build
+from planmill.engine.manifest import Plugins
 from planmill.engine.plugins import PLUGIN_VERSION
-from planmill.engine.targets import Plugins, find_target
+from planmill.engine.targets import find_target
 from planmill.engine.tensorrt.head import read_head
 from planmill.kernels.attention import GatedLinearAttention
 from planmill.kernels.moments import CovariancePooling
