@@ -124,11 +124,7 @@ def test_a_damaged_payload_is_one_error(tmp_path: Path) -> None:
     path, rng = tmp_path / "openvino.zip", random.Random(0)
     members = {"model.xml": "<net/>", "model.bin": "weights", "settings.json": '{"precision": "f32"}'}
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        for name, content in (
-            ("model.xml", "<net/>"),
-            ("model.bin", "weights"),
-            ("settings.json", '{"precision": "f32"}'),
-        ):
+        for name, content in members.items():
             archive.writestr(name, content)
     whole = path.read_bytes()
     refused = 0
