@@ -215,4 +215,6 @@ class Manifest(_Record):
             raise ValueError(f"no range for the dynamic dimension {min(unknown)!r}")
         if not all(re.fullmatch(r"\w+::[\w.]+", op) for op in self.ops):
             raise ValueError("an op's name is not of the form namespace::name")
+        if self.tensorrt is not None and self.target not in ("tensorrt", "tensorrt-rtx"):
+            raise ValueError(f"a plan of target {self.target!r} has no TensorRT version")
         return self

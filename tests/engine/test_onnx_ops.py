@@ -159,8 +159,14 @@ def test_lowered_to_standard_operators(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("spec", PORTABLE, ids=lambda spec: spec.name)
+@pytest.mark.parametrize(
+    ("spec", "dtype"),
+    [
+        pytest.param(spec, dtype, id=f"{spec.name}-{dtype}")
+        for spec in PORTABLE
+        for dtype in sorted(spec.tolerances, key=str)
+    ],
+)
 def test_tensorrt_builds_every_op_without_plugins(spec: OpSpec, dtype: torch.dtype, tmp_path: Path) -> None:
     """Each op alone through TensorRT-RTX's builder, and under ONNX Runtime against its reference."""
     args = _arguments(spec.name, dtype)

@@ -15,7 +15,7 @@ import torch
 from planmill.engine import Plan, PlanError, Session
 from planmill.engine import machine as machine_module
 from planmill.engine.machine import this_machine
-from planmill.engine.manifest import Manifest
+from planmill.engine.manifest import Manifest, TensorRT
 from planmill.engine.plan import _seal, check_destination
 
 
@@ -227,6 +227,18 @@ def test_other_format_and_target(forge: Callable[..., Path]) -> None:
         Session(forge(format=2))
     with pytest.raises(PlanError, match="no target named 'tpu'; there is aoti"):
         Session(forge(target="tpu"))
+    tensorrt = TensorRT(
+        version="1.7.1.116",
+        sms=[89],
+        plugin_mode="none",
+        plugins={},
+        layers={},
+        opset=20,
+        profile={},
+        builder_seconds=1.0,
+    )
+    with pytest.raises(PlanError, match="a plan of target 'aoti' has no TensorRT version"):
+        Session(forge(tensorrt=tensorrt))
 
 
 @pytest.mark.parametrize("name", ["../aoti.pt2", "/etc/passwd", "a/b", "..", "", "A", "x" * 65])
