@@ -72,7 +72,7 @@ typename V::F silu(typename V::F x) {
 template <class V>
 typename V::F gelu(typename V::F x) {
   using F = typename V::F;
-  const F a = V::min(V::set1(20.0f), V::max(V::sub(V::zero(), x), x));  // Phi(-20) is 0 in float32
+  const F a = V::min(V::set1(20.0f), V::max(V::sub(V::zero(), x), x));  // Phi(-20) is 0 in float32; NaN stays
   const F t = V::div(V::set1(1.0f), V::fma(V::set1(0.26f), a, V::set1(1.0f)));
   F p = V::set1(0.0302303191f);
   p = V::fma(p, t, V::set1(-0.151494518f));
@@ -83,7 +83,7 @@ typename V::F gelu(typename V::F x) {
   p = V::fma(p, t, V::set1(0.102788694f));
   p = V::fma(p, t, V::set1(0.10305097f));
   p = V::fma(p, t, V::set1(0.103757024f));
-  const F q = V::mul(V::mul(p, t), exp<V>(V::mul(V::mul(a, a), V::set1(-0.5f))));
+  const F q = V::mul(V::mul(p, t), exp_below<V>(V::mul(V::mul(a, a), V::set1(-0.5f))));
   return V::mul(x, V::where_positive(x, V::sub(V::set1(1.0f), q), q));
 }
 

@@ -69,7 +69,7 @@ def test_our_op_in_a_fresh_process(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = Scored().eval()
     plan = build(model, torch.randn(5, 9, 4), tmp_path / "own.plan", dynamic=DynamicDim("images", 2, 5, 8))
-    assert plan.manifest.ops == ["planmill::mutual_score"]
+    assert plan.manifest.ops == ["planmill::mutual_score", "planmill::packed_linear"]
     x = torch.randn(7, 9, 4)
     with torch.no_grad():
         torch.save((x, model(x)), tmp_path / "own.pt")
