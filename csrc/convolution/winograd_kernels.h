@@ -1,9 +1,9 @@
 // The kernels behind WinogradKernels, written once over a vector type of common/vec.h.
 //
-// A block of tiles is transformed, [36, tiles, channels]; then, a few panels of 16 output channels at a time, 36 products
-// with the transformed kernels, [36, panels, tiles, 16], and the output transform. What a block holds stays in cache
-// next to the kernels that stream past it; a panel of those is asked for while the one before it is multiplied. Every
-// output is summed in the order of the channels, whatever the block.
+// A block of tiles is transformed, [36, tiles, channels]; then, a few panels of 16 output channels at a time, 36
+// products with the transformed kernels, [36, panels, tiles, 16], and the output transform. What a block holds stays in
+// cache next to the kernels that stream past it; a product asks the memory for what the next one reads. Every output is
+// summed in the order of the channels, whatever the block.
 #pragma once
 
 #include "common/products.h"
@@ -211,10 +211,18 @@ void finish_panel(const WinogradConvolution& conv, int64_t first, int64_t last, 
   else finish_panel<V, T, 2>(conv, first, last, products, step, channel, count);
 }
 
-// Rows of products of a panel, c [Rows, 16]. As `multiply` of common/products.h, but four channels a turn: where another
-// thread shares the core, the instructions beside the sums count.
+// What a product asks the memory for while it runs: the kernel of the next panel and a share of the next tap's inputs.
+struct WinogradNext {
+  const float *kernel, *inputs;
+  int64_t lines;  // of the kernel for a turn
+};
+
+constexpr int64_t kTurn = 32;  // channels that a product adds before it asks again
+
+// c [Rows, 16] = a [Rows, channels] b [channels, 16]. As `multiply` of common/products.h, but four channels a step, as
+// that is fewer instructions, and each turn asks for what comes next.
 template <class V, int Rows>
-inline void multiply_tile(const float* a, int64_t row, const float* b, float* c, int64_t channels) {
+inline void multiply_tile(const float* a, int64_t row, const float* b, float* c, int64_t channels, WinogradNext next) {
   constexpr int kVectors = V::kWidth >= 16 ? 1 : 2;
   for (int64_t first = 0; first < kWinogradPanel; first += kVectors * V::kWidth) {
     typename V::F sums[Rows][kVectors];
@@ -222,16 +230,22 @@ inline void multiply_tile(const float* a, int64_t row, const float* b, float* c,
     for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 2
       for (int j = 0; j < kVectors; ++j) sums[i][j] = V::zero();
+    for (int64_t p = 0; p < channels;) {
+      for (int64_t i = 0; i < next.lines; ++i, next.kernel += kLine) __builtin_prefetch(next.kernel, 0, 2);
+      for (int i = 0; i < Rows * kTurn / (kPanels * kLine); ++i, next.inputs += kLine)
+        __builtin_prefetch(next.inputs, 0, 2);
+      const int64_t last = p + kTurn < channels ? p + kTurn : channels;
 #pragma GCC unroll 4
-    for (int64_t p = 0; p < channels; ++p) {
-      typename V::F right[kVectors];
+      for (; p < last; ++p) {
+        typename V::F right[kVectors];
 #pragma GCC unroll 2
-      for (int j = 0; j < kVectors; ++j) right[j] = V::load(b + p * kWinogradPanel + first + j * V::kWidth);
+        for (int j = 0; j < kVectors; ++j) right[j] = V::load(b + p * kWinogradPanel + first + j * V::kWidth);
 #pragma GCC unroll 12
-      for (int i = 0; i < Rows; ++i) {
-        const auto x = V::set1(a[i * row + p]);
+        for (int i = 0; i < Rows; ++i) {
+          const auto x = V::set1(a[i * row + p]);
 #pragma GCC unroll 2
-        for (int j = 0; j < kVectors; ++j) sums[i][j] = V::fma(x, right[j], sums[i][j]);
+          for (int j = 0; j < kVectors; ++j) sums[i][j] = V::fma(x, right[j], sums[i][j]);
+        }
       }
     }
 #pragma GCC unroll 12
@@ -241,19 +255,19 @@ inline void multiply_tile(const float* a, int64_t row, const float* b, float* c,
   }
 }
 
-// products [tiles, 16] of a tap and a panel; `next` is the panel that follows.
+// products [tiles, 16] of a tap and a panel.
 template <class V>
 void multiply_panel(const float* inputs, int64_t row, int64_t tiles, int64_t channels, const float* kernel,
-                    const float* next, float* products) {
-  constexpr int kRows = kProductRows<V>;
-  const int64_t steps = (tiles + kRows - 1) / kRows, ahead = (channels + steps - 1) / steps;
-  int64_t t = 0, asked = 0;
+                    WinogradNext next, float* products) {
+  constexpr int64_t kRows = kProductRows<V>;
+  int64_t t = 0;
   for (; t + kRows <= tiles; t += kRows) {
-    for (const int64_t last = asked + ahead; asked < last && asked < channels; ++asked)
-      __builtin_prefetch(next + asked * kWinogradPanel, 0, 2);
-    multiply_tile<V, kRows>(inputs + t * row, row, kernel, products + t * kWinogradPanel, channels);
+    multiply_tile<V, kRows>(inputs + t * row, row, kernel, products + t * kWinogradPanel, channels, next);
+    next.kernel += (channels + kTurn - 1) / kTurn * next.lines * kLine;
+    next.inputs += kRows * row;
   }
-  for (; t < tiles; ++t) multiply_tile<V, 1>(inputs + t * row, row, kernel, products + t * kWinogradPanel, channels);
+  for (; t < tiles; ++t)
+    multiply_tile<V, 1>(inputs + t * row, row, kernel, products + t * kWinogradPanel, channels, next);
 }
 
 template <class V, class T>
@@ -265,6 +279,7 @@ void run_tiles(const WinogradConvolution& conv, int64_t first, int64_t last, flo
   float* zeros = products + kWinogradTaps * layout.product_step;
   for (int64_t i = 0; i < channels; ++i) zeros[i] = 0.0f;
   transform_tiles<V, T>(conv, first, last, zeros, inputs, layout);
+  const int64_t steps = tiles / kProductRows<V>, lines = steps < 1 ? 1 : (kTurn + steps - 1) / steps;
   const auto kernel = [&](int64_t tap, int64_t panel) {
     return conv.transformed + (tap * panels + panel) * channels * kWinogradPanel;
   };
@@ -273,9 +288,12 @@ void run_tiles(const WinogradConvolution& conv, int64_t first, int64_t last, flo
     for (int64_t tap = 0; tap < kWinogradTaps; ++tap)
       for (int64_t panel = begin; panel < end; ++panel) {
         const bool last_panel = panel + 1 == end, last_tap = tap + 1 == kWinogradTaps;
-        const float* next = !last_panel ? kernel(tap, panel + 1)
-                            : !last_tap ? kernel(tap + 1, begin)
-                                        : kernel(0, end < panels ? end : 0);
+        const float* next_kernel = !last_panel ? kernel(tap, panel + 1)
+                                   : !last_tap ? kernel(tap + 1, begin)
+                                               : kernel(0, end < panels ? end : 0);
+        const float* next_inputs = inputs + (last_tap ? 0 : tap + 1) * layout.input_step;
+        const int64_t share = (panel - begin) * kProductRows<V> * layout.row / kPanels;
+        const WinogradNext next{next_kernel, next_inputs + share, lines};
         multiply_panel<V>(inputs + tap * layout.input_step, layout.row, tiles, channels, kernel(tap, panel), next,
                           products + tap * layout.product_step + (panel - begin) * tiles * kWinogradPanel);
       }
