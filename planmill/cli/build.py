@@ -91,8 +91,7 @@ def build(
     kind: Precision = precision
     check_destination(out)
     tolerance = _tolerance(kind, max_rel, cosine)
-    gc.freeze()  # what is imported stays: a build allocates much, and the collector would go through it every time
-    with _progress() as advance:
+    with _progress() as advance, _imports_kept():
         advance("load", 0.0)
         torch.manual_seed(seed)
         module = load_model(model, weights, random_weights=random_weights)
@@ -117,6 +116,16 @@ def build(
     from planmill.cli.info import describe
 
     describe(plan, Console())
+
+
+@contextlib.contextmanager
+def _imports_kept() -> Iterator[None]:
+    """A build allocates much; without this the collector goes through all that is imported every time."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @contextlib.contextmanager
