@@ -23,10 +23,7 @@ def serve(
         int, typer.Option(min=1, help="Open at once; one more takes the place of the one that idles longest.")
     ] = 1024,
     max_body_mib: Annotated[float, typer.Option(help="Of one request; more get a 413.")] = 16.0,
-    max_pixels: Annotated[
-        int | None,
-        typer.Option(min=1, help="Of one image; more get a 413. Default: 64 times the plan's input, 1 to 16 million."),
-    ] = None,
+    max_pixels: Annotated[int, typer.Option(min=1, help="Of one image; more get a 413.")] = 1 << 24,
     timeout_s: Annotated[float, typer.Option(min=0.1, help="Of reading a body, and of an answer.")] = 60.0,
     mean: Annotated[str, typer.Option(help="Of images scaled to 0..1: a number, or one per channel.")] = "0",
     std: Annotated[str, typer.Option(help="As --mean.")] = "1",

@@ -21,7 +21,6 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 
 from planmill.engine import TensorSpec
-from planmill.engine.manifest import DimRange
 from planmill.pixels import eight_bit
 
 JSON, NPY, SAFETENSORS = "application/json", "application/x-npy", "application/x-safetensors"
@@ -31,8 +30,6 @@ RESPONSES = (JSON, NPY, SAFETENSORS)
 
 _MOST_SCANS = 100  # of a JPEG: a progressive one has ten, and each costs a pass over the picture
 _MOST_SIDE = 1 << 15  # pixels of a side: a row costs time of its own, however short it is
-_TIMES_A_SIDE = 8  # of an input: a larger picture is mostly thrown away
-_FEWEST_PIXELS, _MOST_PIXELS = 1 << 20, 1 << 24
 
 Named = dict[str, torch.Tensor]
 
@@ -57,12 +54,12 @@ class ImageSettings:
     Args:
         mean, std: per channel, subtracted and divided by after the values were scaled to 0..1; one number is for all
             channels. An input of uint8 takes the bytes as they are.
-        max_pixels: of an image; more is refused before it is decoded. None: what suits the plan's input.
+        max_pixels: of an image; more is refused before it is decoded.
     """
 
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
-    max_pixels: int | None = None
+    max_pixels: int = 1 << 24
 
 
 def decode(body: bytes, kind: str, specs: Sequence[TensorSpec], images: ImageSettings) -> list[torch.Tensor]:
@@ -90,20 +87,6 @@ def decode(body: bytes, kind: str, specs: Sequence[TensorSpec], images: ImageSet
         given = ", ".join(sorted(found)[:8]) or "nothing"
         raise BadRequestError(400, f"the plan takes {', '.join(names)}; got {given[:200]}")
     return [found[name] for name in names]
-
-
-def suitable_pixels(spec: TensorSpec, dynamic: Mapping[str, DimRange]) -> int:
-    """The most pixels of an image for an input: eight times each side, but 2^20 at least and 2^24 at most.
-
-    Args:
-        spec: of the input.
-        dynamic: the plan's dynamic sizes. An image is not resized to those, so their largest is all that it may have.
-    """
-    sides = (
-        _TIMES_A_SIDE * size if isinstance(size, int) else dynamic[size].maximum if size in dynamic else _MOST_SIDE
-        for size in spec.shape[2:]
-    )
-    return min(max(math.prod(sides), _FEWEST_PIXELS), _MOST_PIXELS)
 
 
 def encode(outputs: Mapping[str, torch.Tensor], kind: str) -> bytes:
@@ -227,8 +210,7 @@ def _decode_image(body: bytes, kind: str, spec: TensorSpec, settings: ImageSetti
     channels = spec.shape[1] if len(spec.shape) == 4 else None
     if channels not in (1, 3):
         raise BadRequestError(415, f"the plan's input {spec.name} is {spec}, which is no image: send {JSON}")
-    max_pixels = settings.max_pixels or suitable_pixels(spec, {})
-    picture = _open_image(body, kind, "L" if channels == 1 else "RGB", max_pixels)
+    picture = _open_image(body, kind, "L" if channels == 1 else "RGB", settings.max_pixels)
     height, width = (
         size if isinstance(size, int) else own for size, own in zip(spec.shape[2:], picture.size[::-1], strict=True)
     )

@@ -22,7 +22,7 @@ from planmill.engine import Plan, PlanError
 from planmill.errors import PlanmillError
 from planmill.ray_settings import keep_ray_private
 from planmill.serving.dispatch import Limits
-from planmill.serving.payloads import ImageSettings, suitable_pixels
+from planmill.serving.payloads import ImageSettings
 from planmill.serving.pool import CONNECTIONS, Pool, listen
 from planmill.serving.worker import Worker
 
@@ -87,7 +87,6 @@ def serve_plan(path: Path, settings: Settings, started: Callable[[str], None]) -
     plan = Plan.read(path)
     plan.check_environment()
     check_images(plan, settings.images)
-    settings = replace(settings, images=replace(settings.images, max_pixels=_most_pixels(plan, settings.images)))
     _reserve_files(settings.limits.max_connections)
     asked: list[int] = []
     with (
@@ -112,11 +111,6 @@ def check_images(plan: Plan, images: ImageSettings) -> None:
             raise PlanmillError(f"--{name}: one number, or one per channel of {plan.manifest.inputs[0]}")
     if not all(value > 0 for value in images.std):
         raise PlanmillError("--std must be positive")
-
-
-def _most_pixels(plan: Plan, images: ImageSettings) -> int:
-    """Of an image: what was asked for, else what suits the plan's input."""
-    return images.max_pixels or suitable_pixels(plan.manifest.inputs[0], plan.manifest.dynamic)
 
 
 def _reserve_files(connections: int) -> None:
