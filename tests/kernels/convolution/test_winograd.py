@@ -1,6 +1,8 @@
 """convolve_with_winograd against nn.Conv2d in float64, random draws, and messages."""
 
+import subprocess
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,8 @@ from torch.nn import functional as F
 from planmill import kernels
 from planmill.kernels.convolution import WinogradConv2d, convolve_with_winograd, transform_weight
 from planmill.kernels.convolution.winograd_convolution.transform import input_matrix, kernel_matrix, output_matrix
+
+ROOT = Path(__file__).parents[3]
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -124,3 +128,13 @@ def test_convolutions_that_are_none_of_these() -> None:
 def test_messages(call: Callable, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call(normal(2, 3, 9, 9), transform_weight(normal(5, 3, 3, 3)), torch.zeros(5))
+
+
+def test_avx512_over_emulated_registers(tmp_path: Path) -> None:
+    program = tmp_path / "check"
+    command = ["g++", "-O0", "-std=c++20", "-fno-math-errno", "-fsanitize=address", f"-I{ROOT / 'csrc'}"]
+    command += ["-DPLANMILL_EMULATE", "-DKERNELS=winograd_avx512"]
+    sources = [Path(__file__).with_name("winograd_check.cpp"), ROOT / "csrc" / "convolution" / "winograd_avx512.cpp"]
+    subprocess.run([*command, *map(str, sources), "-o", str(program)], check=True)
+    result = subprocess.run([str(program)], capture_output=True, text=True, check=False)
+    assert result.stdout == "0 failures\n", result.stderr[-2000:]

@@ -1,6 +1,8 @@
 """apply_packed_weight against nn.Linear in float64, random draws, rows alone and in a batch, and messages."""
 
+import subprocess
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,8 @@ from torch.nn import functional as F
 from planmill import kernels
 from planmill.kernels.linear import PackedLinear, apply_packed_weight, pack_weight
 from planmill.kernels.linear.packed_linear.reference import ACTIVATIONS
+
+ROOT = Path(__file__).parents[3]
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -99,3 +103,16 @@ def test_a_state_dict_of_linear_loads() -> None:
 def test_messages(call: Callable, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call(normal(4, 3), pack_weight(normal(5, 3)), torch.zeros(5))
+
+
+def test_avx512_over_emulated_registers(tmp_path: Path) -> None:
+    program = tmp_path / "check"
+    command = ["g++", "-O0", "-std=c++20", "-fno-math-errno", "-fsanitize=address", f"-I{ROOT / 'csrc'}"]
+    command += ["-DPLANMILL_EMULATE", "-DKERNELS=packed_linear_avx512"]
+    sources = [
+        Path(__file__).with_name("packed_linear_check.cpp"),
+        ROOT / "csrc" / "linear" / "packed_linear_avx512.cpp",
+    ]
+    subprocess.run([*command, *map(str, sources), "-o", str(program)], check=True)
+    result = subprocess.run([str(program)], capture_output=True, text=True, check=False)
+    assert result.stdout == "0 failures\n", result.stderr[-2000:]
