@@ -83,7 +83,7 @@ typename V::F gelu(typename V::F x) {
   p = V::fma(p, t, V::set1(0.102788694f));
   p = V::fma(p, t, V::set1(0.10305097f));
   p = V::fma(p, t, V::set1(0.103757024f));
-  const F q = V::mul(V::mul(p, t), exp_below<V>(V::mul(V::mul(a, a), V::set1(-0.5f))));
+  const F q = V::mul(V::mul(p, t), exp<V>(V::mul(V::mul(a, a), V::set1(-0.5f))));
   return V::mul(x, V::where_positive(x, V::sub(V::set1(1.0f), q), q));
 }
 

@@ -72,7 +72,7 @@ def test_other_plans(judge_plan: Plan) -> None:
     )
     odd = config(changed(judge_plan, inputs=[x | {"name": 'a"b\\c', "dtype": "bfloat16"}]), "m", RepositorySettings())
     assert (parse(odd).input[0].name, parse(odd).input[0].data_type) == ('a"b\\c', model_config_pb2.TYPE_BF16)
-    engine = parse(config(changed(judge_plan, target="tensorrt"), "m", RepositorySettings()))
+    engine = parse(config(changed(judge_plan, target="tensorrt", ops=[]), "m", RepositorySettings()))
     assert (engine.platform, engine.backend) == ("tensorrt_plan", "")
     assert engine.instance_group[0].kind == model_config_pb2.ModelInstanceGroup.KIND_GPU
     for target, ops in (("tensorrt", ["planmill::knn"]), ("tensorrt-rtx", [])):
