@@ -75,7 +75,7 @@ CASES = [
         flops=lambda x, weight, *_: 2.0 * len(x) * weight.numel(),
         dtypes=(torch.float32,),
         devices=("cpu",),
-        calls=max(1, round(2e9 / (batch * rows * sizes[0] * sizes[1]))),  # some 20 ms: a core that slept wakes up slowly
+        calls=max(1, round(2e9 / (batch * rows * sizes[0] * sizes[1]))),  # some 20 ms: cores wake up slowly
     )
     for name, (rows, *sizes) in LAYERS.items()
     for batch in (1, 16)
