@@ -9,7 +9,7 @@ for them.
 
 import torch
 
-from planmill.engine.rewrites.graph import Call, Program, argument, aten, dtype_of, only_user, shape_of
+from planmill.engine.rewrites.graph import Call, Program, argument, aten, dtype_of, is_linear, only_user, shape_of
 from planmill.kernels.common.cpu import extension
 from planmill.kernels.linear.packed_linear.packing import pack_weight
 
@@ -27,9 +27,9 @@ def apply(program: Program) -> int:
         known = program.is_constant(layer.args[1]) and (bias is None or program.is_constant(bias))
         if not known or dtype_of(layer) != torch.float32 or 0 in shape_of(layer.args[1]):
             continue
-        if layer.target is aten.linear.default:
+        if is_linear(layer):
             _replace_linear(program, layer)
-        elif _cuts_patches(layer):
+        elif layer.target is aten.conv2d.default and _cuts_patches(layer):
             _replace_patches(program, layer)
         else:
             continue

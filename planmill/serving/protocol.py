@@ -23,9 +23,8 @@ class Room:
 
     def __init__(self, most: int) -> None:
         self.most = most
-        self.waiting: OrderedDict[Protocol, None] = (
-            OrderedDict()
-        )  # for their client, the one that does so longest first
+        # For their client, the one that does so longest first.
+        self.waiting: OrderedDict[Protocol, None] = OrderedDict()
 
 
 class Protocol(H11Protocol):

@@ -303,9 +303,6 @@ ALONE = {
         lambda m, x: (m.a(x), m.b(x)), a=conv(3, 4, 3, padding=1), b=conv(3, 4, 3, padding=1, stride=2)
     ),
     "other-inputs": lambda: of_images(lambda m, x: (m.a(x), m.b(x.relu())), a=conv(3, 4, 3), b=conv(3, 4, 3)),
-    "one-vector-of-weights": lambda: of_images(
-        lambda m, x: F.linear(F.linear(x * 2 + 1, m.w) - 0.5, m.v) * 2 + 1, TOKENS, w=torch.rand(8), v=torch.rand(6)
-    ),
     "weights-that-depend-on-the-input": lambda: of_images(lambda m, x: F.linear(x, x[0]) * 2 + 1, (8, 8)),
 }
 

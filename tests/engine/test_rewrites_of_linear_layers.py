@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from planmill.engine import DynamicDim, capture
 from planmill.engine.capture import Captured
-from planmill.engine.rewrites import rewrite
+from planmill.engine.rewrites import PASSES, rewrite
 
 SMALL = DynamicDim("batch", 1, 3, 4)
 PASS = ["packed_linear"]
@@ -70,6 +70,22 @@ def test_layers_with_their_activations_compute_the_same() -> None:
 def test_other_convolutions_stay_as_they_are(layer: nn.Conv2d) -> None:
     captured = capture(nn.Sequential(layer).eval(), torch.rand(3, 3, 12, 8), dynamic=SMALL)
     assert rewrite(captured, PASS) is captured
+
+
+class Vectors(nn.Module):
+    """Products with one vector of weights, which are no layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.v, self.w = nn.Parameter(torch.rand(6)), nn.Parameter(torch.rand(8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(F.linear(x * 2 + 1, self.w) - 0.5, self.v) * 2 + 1
+
+
+def test_vectors_of_weights_stay_as_they_are() -> None:
+    captured = capture(Vectors().eval(), torch.rand(3, 6, 8), dynamic=SMALL)
+    assert rewrite(captured, PASSES) is captured
 
 
 class Products(nn.Module):
