@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "routing/rows.h"  // Element
+#include "common/element.h"
 
 namespace planmill {
 

@@ -5,16 +5,12 @@
 
 #include "attention/clusters.h"
 #include "common/cpu_capability.h"
+#include "common/element_of.h"
 
 namespace planmill {
 
 inline const ClusterKernels& cluster_kernels_in_use() {
   return choose_kernels(clusters_baseline(), clusters_avx2(), clusters_avx512());
-}
-
-inline Element element_of(const at::Tensor& x) {
-  if (x.scalar_type() == at::kFloat) return Element::kFloat;
-  return x.scalar_type() == at::kBFloat16 ? Element::kBFloat16 : Element::kHalf;
 }
 
 // Any strides but for the last dimension, whose elements must lie side by side.

@@ -2,9 +2,9 @@
 #pragma once
 
 #include "attention/gated_scan.h"
+#include "common/element_rows.h"
 #include "common/vec.h"
 #include "common/vec_math.h"
-#include "routing/rows_kernels.h"
 
 namespace planmill {
 namespace {

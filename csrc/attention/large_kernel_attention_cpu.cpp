@@ -4,7 +4,7 @@
 
 #include "attention/large_kernel_attention.h"
 #include "common/cpu_capability.h"
-#include "routing/rows_of.h"
+#include "common/element_of.h"
 
 namespace planmill {
 namespace {
@@ -26,7 +26,7 @@ at::Tensor large_kernel_attention(const at::Tensor& x, const at::Tensor& weight5
   if (out.numel() == 0) return out;
   const LargeKernelKernels& kernels = choose_kernels(large_kernel_attention_baseline(), large_kernel_attention_avx2(),
                                                      large_kernel_attention_avx512());
-  const Element type = element_of(u.scalar_type());
+  const Element type = element_of(u);
   const int64_t bytes = bytes_of(type);
   const at::Tensor middle = at::empty(u.sizes(), at::kFloat);
   float* t = middle.data_ptr<float>();

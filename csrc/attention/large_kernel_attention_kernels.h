@@ -6,9 +6,9 @@
 #pragma once
 
 #include "attention/large_kernel_attention.h"
+#include "common/element_rows.h"
 #include "common/products.h"
 #include "common/vec.h"
-#include "routing/rows_kernels.h"
 
 namespace planmill {
 namespace {

@@ -5,7 +5,7 @@
 
 #include "attention/linear_attention.h"
 #include "common/cpu_capability.h"
-#include "routing/rows_of.h"
+#include "common/element_of.h"
 
 namespace planmill {
 namespace {
@@ -106,7 +106,7 @@ at::Tensor linear_attention(const at::Tensor& q, const at::Tensor& k, const at::
   if (out.numel() == 0) return out;
   const LinearAttentionKernels& kernels = linear_kernels();
   LinearHead first{};
-  first.type = element_of(q.scalar_type());
+  first.type = element_of(q);
   first.q_row = x.stride(2), first.k_row = y.stride(2), first.v_row = z.stride(2);
   first.mask = m.numel() != 0 ? reinterpret_cast<const uint8_t*>(m.const_data_ptr<bool>()) : nullptr;
   first.out = out.mutable_data_ptr();

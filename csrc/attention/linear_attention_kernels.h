@@ -5,10 +5,10 @@
 #pragma once
 
 #include "attention/linear_attention.h"
+#include "common/element_rows.h"
 #include "common/products.h"
 #include "common/vec.h"
 #include "common/vec_math.h"
-#include "routing/rows_kernels.h"
 
 namespace planmill {
 namespace {

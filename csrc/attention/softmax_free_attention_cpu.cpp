@@ -4,6 +4,7 @@
 
 #include "attention/softmax_free_attention.h"
 #include "common/cpu_capability.h"
+#include "common/element_of.h"
 
 namespace planmill {
 namespace {
@@ -17,12 +18,6 @@ const SoftKernels& soft_kernels() {
 }
 
 int64_t blocks(int64_t n, int64_t size) { return (n + size - 1) / size; }
-
-Element element_of(const at::Tensor& x) {
-  return x.scalar_type() == at::kFloat ? Element::kFloat
-         : x.scalar_type() == at::kBFloat16 ? Element::kBFloat16
-                                            : Element::kHalf;
-}
 
 at::Tensor with_unit_columns(const at::Tensor& x) { return x.stride(3) == 1 || x.size(3) == 1 ? x : x.contiguous(); }
 

@@ -3,10 +3,10 @@
 
 #include "attention/softmax_free_attention.h"
 #include "attention/softmax_free_inverse.h"
+#include "common/element_rows.h"
 #include "common/products.h"
 #include "common/vec.h"
 #include "common/vec_math.h"
-#include "routing/rows_kernels.h"
 
 namespace planmill {
 namespace {

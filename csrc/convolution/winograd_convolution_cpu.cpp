@@ -2,8 +2,8 @@
 #include "common/torch_headers.h"
 
 #include "common/cpu_capability.h"
+#include "common/element_of.h"
 #include "convolution/winograd.h"
-#include "routing/rows_of.h"
 
 namespace planmill {
 namespace {
@@ -19,7 +19,7 @@ at::Tensor winograd_convolution(const at::Tensor& x, const at::Tensor& transform
   at::Tensor out = at::empty({images, out_height, out_width, outputs}, u.options());
   if (out.numel() == 0) return out;
   const WinogradKernels& kernels = choose_kernels(winograd_baseline(), winograd_avx2(), winograd_avx512());
-  const WinogradConvolution convolution{element_of(u.scalar_type()), u.const_data_ptr(), height, width, u.size(3),
+  const WinogradConvolution convolution{element_of(u), u.const_data_ptr(), height, width, u.size(3),
                                         kernel.const_data_ptr<float>(),
                                         shift.const_data_ptr<float>(),
                                         out.mutable_data_ptr(), out_height, out_width, outputs, size, padding,

@@ -6,10 +6,10 @@
 // summed in the order of the channels, whatever the block.
 #pragma once
 
+#include "common/element_rows.h"
 #include "common/products.h"
 #include "common/vec.h"
 #include "convolution/winograd.h"
-#include "routing/rows_kernels.h"
 
 namespace planmill {
 namespace {

@@ -3,6 +3,7 @@
 
 #include <cstring>
 
+#include "common/element_of.h"
 #include "routing/rows_of.h"
 
 namespace planmill {
@@ -95,7 +96,7 @@ at::Tensor hash_embedding(const at::Tensor& values, const at::Tensor& lengths, c
   const int64_t batch = v.size(0), lookups = s.size(0), width = t.size(1);
   at::Tensor out = at::empty({batch, lookups * width}, t.options());
   if (out.numel() == 0) return out;
-  const Element type = element_of(t.scalar_type());
+  const Element type = element_of(t);
   const Lookup lookup{v.const_data_ptr<int64_t>(),
                       n.numel() == 0 ? nullptr : n.const_data_ptr<int32_t>(),
                       w.numel() == 0 ? nullptr : w.const_data_ptr<float>(),

@@ -3,11 +3,9 @@
 
 #include <cstdint>
 
+#include "common/element.h"
+
 namespace planmill {
-
-enum class Element : int { kFloat = 0, kBFloat16 = 1, kHalf = 2 };
-
-inline int64_t bytes_of(Element type) { return type == Element::kFloat ? 4 : 2; }
 
 struct RowKernels {
   // out [n] = factor * (sum over k < count of weights[k] * rows[k]), rows and out of `type`; sums in float32, in the order

@@ -3,6 +3,7 @@
 
 #include <cstring>
 
+#include "common/element_of.h"
 #include "routing/rows_of.h"
 
 namespace planmill {
@@ -14,7 +15,7 @@ at::Tensor token_merging(const at::Tensor& x, const at::Tensor& offsets, const a
   at::Tensor out = at::empty({batch, merged, d}, x.options().memory_format(at::MemoryFormat::Contiguous));
   if (out.numel() == 0) return out;
   const RowKernels& kernels = row_kernels();
-  const Element type = element_of(x.scalar_type());
+  const Element type = element_of(x);
   const int64_t bytes = d * bytes_of(type);
   const auto* source = static_cast<const char*>(from.const_data_ptr());
   auto* target = static_cast<char*>(out.data_ptr());

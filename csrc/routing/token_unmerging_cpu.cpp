@@ -3,6 +3,7 @@
 
 #include <cstring>
 
+#include "common/element_of.h"
 #include "routing/rows_of.h"
 
 namespace planmill {
@@ -16,7 +17,7 @@ at::Tensor token_unmerging(const at::Tensor& y, const at::Tensor& row_of_token, 
   at::Tensor out = at::empty({batch, tokens, d}, from.options());
   if (out.numel() == 0) return out;
   const RowKernels& kernels = row_kernels();
-  const Element type = element_of(y.scalar_type());
+  const Element type = element_of(y);
   const int64_t bytes = d * bytes_of(type);
   const auto* source = static_cast<const char*>(from.const_data_ptr());
   const auto* added = base.numel() == 0 ? nullptr : static_cast<const char*>(base.const_data_ptr());
