@@ -53,6 +53,7 @@ void check(const char* name, double (*exact)(double), double relative, double ab
 }
 
 double exact_exp(double x) { return std::exp(x); }
+double exact_exp2(double x) { return std::exp2(x); }
 double exact_silu(double x) { return x / (1 + std::exp(-x)); }
 double exact_gelu(double x) { return x > 0 ? x * (1 - 0.5 * std::erfc(x / std::sqrt(2.0))) : x * 0.5 * std::erfc(-x / std::sqrt(2.0)); }
 double exact_gelu_tanh(double x) { return x / (1 + std::exp(-2 * std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x))); }
@@ -73,6 +74,10 @@ int main() {
   // x / (1 + e^-x) is 0 where e^-x leaves float32, below -88.7: absolute. The error of e^y is that of y where y is rounded
   // on the way: -x^2/2 of gelu, the cubic of gelu_tanh.
   check<exp<Vec>>("exp", exact_exp, 1.2e-7, 0, points);
+  std::vector<float> below;
+  for (const float x : points)
+    if (!(x > 0)) below.push_back(x);
+  check<exp2_below_or_nan<Vec>>("exp2_below_or_nan", exact_exp2, 2e-7, 8.4e-39, below);  // zero where it is below that
   check<relu<Vec>>("relu", exact_relu, 0, 0, points);
   check<silu<Vec>>("silu", exact_silu, 4e-7, 3e-37, points);
   check<gelu<Vec>>("gelu", exact_gelu, 5e-6, 0, points);
