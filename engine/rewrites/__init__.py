@@ -24,6 +24,7 @@ PASSES = (
     "upsample_last",
     "one_upsample",
     "shared_convolution",
+    "stem_convolution",
     "winograd_convolution",
     "packed_linear",
 )
@@ -31,7 +32,7 @@ PASSES = (
 # image padded with its mean needs no subtraction, and is a copy.
 _ASKED_FOR = ("shared_convolution", "normalization_into_padding")
 # These put ops of ours for the CPU into the program, and hide what the others look for: they run once, after those.
-_LAST = ("winograd_convolution", "packed_linear")
+_LAST = ("stem_convolution", "winograd_convolution", "packed_linear")
 DEFAULT = tuple(name for name in PASSES if name not in (*_ASKED_FOR, *_LAST))
 _ROUNDS = 8
 

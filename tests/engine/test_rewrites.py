@@ -14,7 +14,7 @@ from planmill.engine import DynamicDim, PlanError, Session, build, capture
 from planmill.engine.rewrites import DEFAULT, PASSES, default_passes, rewrite
 
 SMALL = DynamicDim("batch", 1, 3, 4)
-FOR_CPUS = ("winograd_convolution", "packed_linear")  # these have tests of their own
+FOR_CPUS = ("stem_convolution", "winograd_convolution", "packed_linear")  # these have tests of their own
 FOLDS = [name for name in PASSES if name not in FOR_CPUS]
 MEAN, STD = torch.tensor([0.5, 0.45, 0.4]).view(3, 1, 1), torch.tensor([0.23, 0.22, 0.24]).view(3, 1, 1)
 

@@ -1,13 +1,20 @@
-"""Rewrites that change how a convolution is computed: by Winograd's algorithm, and on an image padded with its mean."""
+"""Rewrites that change how a convolution is computed: by Winograd's algorithm, with its pooling, and on an image padded
+with its mean.
+"""
 
+from typing import Any
+
+import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from planmill.engine import DynamicDim, capture
 from planmill.engine.rewrites import PASSES, rewrite
 
 SMALL = DynamicDim("batch", 1, 3, 4)
 OP = torch.ops.planmill.winograd_convolution.default
+STEM = torch.ops.planmill.stem_convolution.default
 
 
 @torch.no_grad()
@@ -56,6 +63,96 @@ class Others(nn.Module):
 def test_other_convolutions_stay_as_they_are() -> None:
     captured = capture(Others().eval(), torch.rand(3, 32, 16, 16), dynamic=SMALL)
     assert rewrite(captured, PASSES) is captured
+
+
+def stems(model: nn.Module, *shape: int) -> tuple[list[tuple], set]:
+    """Settings of the first layers that a rewrite made out of a model which computes the same, and all that is left."""
+    captured = capture(model.eval(), torch.rand(3, *shape), dynamic=SMALL)
+    rewritten = rewrite(captured, ["stem_convolution"])
+    if rewritten is not captured:
+        x = torch.randn(1, *shape)
+        for got, want in zip(rewritten.program.module()(x), captured.program.module()(x), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+            assert got.stride() == want.contiguous(memory_format=torch.channels_last).stride()
+    nodes = [node for node in rewritten.program.graph.nodes if node.op == "call_function"]
+    return [node.args[3:] for node in nodes if node.target is STEM], {node.target for node in nodes} - {STEM}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("layers", "settings"),
+    [
+        ([nn.Conv2d(3, 16, 4), nn.ReLU(), nn.AvgPool2d(2)], (1, 0, "relu", "average", 2, 2, 0, True)),
+        (
+            [nn.Conv2d(3, 20, 7, 2, 3, bias=False), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)],
+            (2, 3, "relu", "max", 3, 2, 1, True),
+        ),
+        ([nn.Conv2d(1, 16, (2, 3), padding=1), nn.ReLU()], (1, 1, "relu", "none", 1, 1, 0, True)),
+        (
+            [nn.Conv2d(8, 17, 3, 3, 1), nn.AvgPool2d(3, 1, 1, count_include_pad=False)],
+            (3, 1, "none", "average", 3, 1, 1, False),
+        ),
+    ],
+    ids=str,
+)
+def test_a_first_layer_takes_its_activation_and_its_pooling(layers: list[nn.Module], settings: tuple) -> None:
+    found, left = stems(nn.Sequential(*layers), layers[0].in_channels, 14, 18)  # type: ignore[arg-type]
+    assert found == [settings]
+    assert left <= {torch.ops.aten.permute.default}
+
+
+class Seen(nn.Module):
+    """Layers behind which stands something else, or whose result is seen by others too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Conv2d(3, 16, 3) for _ in range(6))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        a, b, c, d, e, f = (layer(x) for layer in self.layers)
+        pools: list[Any] = [F.max_pool2d(F.relu(a), 2, ceil_mode=True), F.avg_pool2d(F.relu(b), (2, 1))]
+        pools += [F.avg_pool2d(F.relu(c), 2, divisor_override=3), F.max_pool2d(d, 2, dilation=2)]
+        return *pools, F.relu(e), e, F.max_pool2d(y := F.relu(f), 2), y
+
+
+@torch.no_grad()
+def test_what_others_see_stays() -> None:
+    found, left = stems(Seen(), 3, 12, 15)
+    assert found == [(1, 0, name, "none", 1, 1, 0, True) for name in ("relu", "relu", "relu", "none", "none", "relu")]
+    assert {torch.ops.aten.relu.default, torch.ops.aten.avg_pool2d.default} <= left
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(9, 16, 3),
+        nn.Conv2d(3, 15, 3),
+        nn.Conv2d(3, 16, 1),
+        nn.Conv2d(3, 16, 4, 4),  # cuts patches
+        nn.Conv2d(3, 16, 3, stride=(1, 2)),
+        nn.Conv2d(3, 16, 3, padding=(1, 0)),
+        nn.Conv2d(3, 16, 3, dilation=2),
+        nn.Conv2d(4, 16, 3, groups=2),
+    ],
+    ids=str,
+)
+def test_layers_that_are_no_stem_stay_as_they_are(layer: nn.Conv2d) -> None:
+    assert not stems(nn.Sequential(layer), layer.in_channels, 12, 12)[0]
+
+
+@torch.no_grad()
+def test_a_stem_stands_before_other_convolutions_and_takes_images_of_dynamic_size() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1)).eval()
+    captured = capture(model, torch.rand(3, 3, 18, 18), dynamic=SMALL)
+    rewritten = rewrite(captured, PASSES)
+    assert rewritten.rewrites == ["stem_convolution", "winograd_convolution"]
+    x = torch.rand(2, 3, 18, 18)
+    torch.testing.assert_close(rewritten.program.module()(x)[0], captured.program.module()(x)[0], rtol=1e-4, atol=1e-5)
+    sizes = {"input": {2: DynamicDim("height", 5, 12, 20)}}
+    captured = capture(model, x[:, :, :12], dynamic=sizes)
+    rewritten, other = rewrite(captured, PASSES), torch.rand(2, 3, 15, 18)
+    assert rewritten.rewrites == ["stem_convolution"]
+    torch.testing.assert_close(rewritten.program.module()(other)[0], model(other), rtol=1e-4, atol=1e-5)
 
 
 class Centred(nn.Module):
