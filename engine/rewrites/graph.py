@@ -20,6 +20,8 @@ _FOLDABLE = {
     *(aten.flatten, aten.select, aten.slice, aten.narrow, aten.permute, aten.transpose, aten.t, aten.expand),
     *(aten.scalar_tensor, aten.logical_not, aten.clamp, aten.contiguous),
 }
+# What reads a tensor's memory as it lies there: a pass may change how it lies.
+_BY_STRIDES = {aten.as_strided.default, aten.view_as_complex.default, aten.view.dtype}
 _CASTS = {aten.to.dtype, aten._to_copy.default, aten.to.dtype_layout}
 _SMALL = 1 << 16
 
@@ -63,8 +65,9 @@ class Program:
         self._given = {**dict(given.named_parameters()), **dict(given.named_buffers())}
         self._known: dict[Call, bool] = {}
         self._values: dict[Call, torch.Tensor] = {}
-        self._made = 0
+        self._made: dict[tuple, list[str]] = {}
         self._drop_what_does_nothing()
+        self._keep_strides()
 
     def _drop_what_does_nothing(self) -> None:
         """Assertions about dtypes, dropout in eval mode, casts to the dtype that there is: they only hide patterns."""
@@ -78,6 +81,12 @@ class Program:
             ):
                 node.replace_all_uses_with(node.args[0])
                 self.graph.erase_node(node)
+
+    def _keep_strides(self) -> None:
+        """Where strides matter, what is contiguous is made to stay so."""
+        for node in list(self.graph.nodes):
+            if node.target in _BY_STRIDES and node.args[0].meta["val"].is_contiguous():
+                node.replace_input_with(node.args[0], self.emit(node, aten.contiguous.default, node.args[0]))
 
     def calls(self, *targets: Any) -> Iterator[Call]:
         """Calls of these, or all calls, in order; the graph may change meanwhile: what is gone by then is left out."""
@@ -138,10 +147,15 @@ class Program:
         return node
 
     def emit_constant(self, before: Call, value: torch.Tensor, dtype: torch.dtype) -> Call:
-        """A new constant before a node: `value` rounded once to `dtype`."""
-        name = f"_rewritten_{self._made}"
-        self._made += 1
-        self.module.register_buffer(name, value.to(dtype).contiguous())
+        """A new constant before a node: `value` rounded once to `dtype`; what layers share, their constants share."""
+        rounded = value.to(dtype).contiguous()
+        key = dtype, tuple(rounded.shape), float(rounded.sum(dtype=torch.float64))
+        alike = self._made.setdefault(key, [])
+        name = next((made for made in alike if getattr(self.module, made).equal(rounded)), "")
+        if not name:
+            name = f"_rewritten_{sum(map(len, self._made.values()))}"
+            alike.append(name)
+            self.module.register_buffer(name, rounded)
         with self.graph.inserting_before(before):
             node = self.graph.get_attr(name)
         mode = next(n for n in self.graph.nodes if n.op == "placeholder").meta["val"].fake_mode
@@ -249,8 +263,11 @@ def is_node(value: Any) -> bool:
 
 
 def is_linear(node: Any) -> bool:
-    """Whether a node is a linear layer; a product with one vector of weights is none."""
-    return is_node(node) and node.target is aten.linear.default and len(shape_of(node.args[1])) == 2
+    """Whether a node is a linear layer: a matrix of weights, and a bias per output if any (torch takes others too)."""
+    if not is_node(node) or node.target is not aten.linear.default:
+        return False
+    weight, bias = shape_of(node.args[1]), argument(node, 2, "bias")
+    return len(weight) == 2 and (bias is None or tuple(shape_of(bias)) == tuple(weight[:1]))
 
 
 def dtype_of(node: Any) -> torch.dtype:
@@ -275,6 +292,8 @@ def argument(node: Call, index: int, name: str, default: Any = None) -> Any:
 
 def fits(value: torch.Tensor, dtype: torch.dtype) -> bool:
     """Whether rounding to a dtype costs only last digits along all of dimension 0: float16 ends at 65504 and 6e-8."""
+    if not value.numel():
+        return True
     rows = value.reshape(len(value), -1)
     lost = (rows.to(dtype).double() - rows).abs().amax(1)
     return bool((lost <= torch.finfo(dtype).eps * rows.abs().amax(1)).all())

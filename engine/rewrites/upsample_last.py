@@ -90,11 +90,12 @@ def _site(program: Program, layer: Call) -> _Site | None:
 
 
 def _parts(picture: Call) -> list[Call] | None:
-    """What a picture consists of along its channels; None where something else sees it whole."""
+    """What a picture consists of along its channels; None where something else sees it whole, or parts are cast."""
     if only_user(picture) is None or len(shape_of(picture)) != 4:
         return None
     if picture.target is aten.cat.default and argument(picture, 1, "dim", 0) in (1, -3):
-        return list(picture.args[0])
+        parts = list(picture.args[0])
+        return parts if all(dtype_of(part) == dtype_of(picture) for part in parts) else None
     return [picture]
 
 

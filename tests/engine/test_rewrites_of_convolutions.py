@@ -39,6 +39,29 @@ def test_winograd_fires_behind_a_norm_and_computes_the_same() -> None:
         assert (got - want).abs().max() <= 4 * (plain - want).abs().max() + 4e-7 * want.abs().max()
 
 
+class Strided(nn.Module):
+    """What reads the memory of a convolution's result as it lies there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.patches = nn.Conv2d(32, 32, 3, padding=1), nn.Conv2d(32, 4, 8, 8)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        pairs = torch.view_as_real(torch.view_as_complex(self.patches(x)) * 1j)
+        y = self.inner(x)
+        return pairs, y.as_strided((len(y), 32, 16), (32 * 256, 256, 1)), y.view(torch.int32)
+
+
+@torch.no_grad()
+def test_results_that_are_read_as_they_lie_in_memory_are_contiguous() -> None:
+    model, x = Strided().eval(), torch.rand(3, 32, 16, 16)
+    rewritten = rewrite(capture(model, x, dynamic=None), PASSES)
+    assert rewritten.rewrites == ["winograd_convolution", "packed_linear"]
+    pairs, rows, bits = rewritten.program.module()(x)
+    for got, want in zip((pairs, rows, bits.view(torch.float32)), (*model(x)[:2], model.inner(x)), strict=True):
+        torch.testing.assert_close(got, want)
+
+
 class Others(nn.Module):
     """Strides, dilation, groups, kernels and padding that are not square, few channels, few tiles, no batch."""
 
@@ -178,4 +201,21 @@ def test_one_mean_pads_images_of_any_size() -> None:
     sample = torch.randn(3, 3, 7, 12)
     torch.testing.assert_close(rewritten.program.module()(sample)[0], model(sample))
     captured = capture(Centred(0.5, 0.45, 0.4).eval(), x, dynamic=sizes)  # a border of each channel's own
+    assert rewrite(captured, PASSES) is captured
+
+
+class Promoted(nn.Module):
+    """A pointwise layer of resized maps of two dtypes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(6, 2, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        maps = (nn.functional.interpolate(part, size=(12, 12)) for part in (x.half(), x))
+        return self.layer(torch.cat(tuple(maps), 1))
+
+
+def test_maps_that_are_cast_where_they_meet_are_not_moved_behind_a_layer() -> None:
+    captured = capture(Promoted().eval(), torch.rand(3, 3, 6, 6), dynamic=SMALL)
     assert rewrite(captured, PASSES) is captured

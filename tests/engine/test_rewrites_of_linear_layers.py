@@ -100,3 +100,45 @@ def test_weights_that_are_no_constants_and_16_bits_stay_as_they_are() -> None:
     assert rewrite(captured, PASS) is captured
     captured = capture(nn.Linear(8, 4).eval(), torch.rand(3, 8), dynamic=SMALL, precision="bf16")
     assert rewrite(captured, PASS) is captured
+
+
+class Broadcast(nn.Module):
+    """Linear layers with the biases that torch broadcasts: one number, a row, a row for each token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.rand(8, 8))
+        self.biases = nn.ParameterList(torch.rand(shape) for shape in ((1,), (1, 8), (5, 8)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for bias in self.biases:
+            x = F.linear(2 * x + 1, self.w, bias) - 0.5
+        return F.linear(x, self.w, self.biases[0])
+
+
+def test_biases_that_are_broadcast_stay_as_they_are() -> None:
+    captured = capture(Broadcast().eval(), torch.rand(5, 8), dynamic=None)
+    assert rewrite(captured, PASSES) is captured
+
+
+class Shared(nn.Module):
+    """One layer that is run again and again, and one of no inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.again, self.empty = nn.Linear(8, 8), nn.Linear(0, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(3):
+            x = torch.tanh(self.again(x))
+        return x + self.empty(x[..., :0]) * 2
+
+
+@torch.no_grad()
+def test_a_shared_layer_is_packed_once() -> None:
+    model, x = Shared().eval(), torch.rand(3, 8)
+    rewritten = rewrite(capture(model, x, dynamic=SMALL), PASSES)
+    layers = packed(rewritten)
+    assert len(layers) == 3
+    assert len({(node.args[1], node.args[2]) for node in layers}) == 1
+    torch.testing.assert_close(rewritten.program.module()(x)[0], model(x))
