@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "routing/rows.h"
+#include "common/element.h"
 
 namespace planmill {
 

@@ -4,8 +4,8 @@
 #include <string_view>
 
 #include "common/cpu_capability.h"
+#include "common/element_of.h"
 #include "convolution/stem.h"
-#include "routing/rows_of.h"
 
 namespace planmill {
 namespace {
@@ -51,7 +51,7 @@ at::Tensor stem_convolution(const at::Tensor& x, const at::Tensor& packed, const
   const int64_t images = x.size(0), outputs = shift.size(0), below = panels.size(2), beside = panels.size(3);
   const auto convolved = [&](int64_t n, int64_t taps) { return (n + 2 * padding - taps) / stride + 1; };
   const auto pooled = [&](int64_t n) { return (n + 2 * pool_padding - pool_size) / pool_stride + 1; };
-  StemConvolution conv{.type = element_of(x.scalar_type()),
+  StemConvolution conv{.type = element_of(x),
                        .x = x.const_data_ptr(),
                        .image_step = x.stride(0),
                        .channel_step = x.stride(1),

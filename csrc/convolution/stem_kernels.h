@@ -7,11 +7,11 @@
 // the left and from above, whatever the block and the tile.
 #pragma once
 
+#include "common/element_rows.h"
 #include "common/products.h"
 #include "common/vec.h"
 #include "common/vec_math.h"
 #include "convolution/stem.h"
-#include "routing/rows_kernels.h"
 
 namespace planmill {
 namespace {
