@@ -73,12 +73,13 @@ inline void store_some(typename T::Stored* to, int64_t count, typename V::F valu
 }
 
 // `Pixels` neighbours of a row of the convolution, from the first tap of the first one on: Vectors of channels each, of
-// which the first `count` are stored, `step` apart.
-template <class V, class T, int Pixels, int Vectors>
+// which the first `count` are stored, `step` apart. Stride: of the convolution, 0 where it is known at run time only.
+template <class V, class T, int Pixels, int Vectors, int Stride>
 inline void stem_tile(const StemConvolution& conv, const float* left, int64_t channel, typename T::Stored* to,
                       int64_t step, int64_t count) {
   constexpr int W = V::kWidth;
-  const int64_t depth = conv.channels * conv.kernel_height * conv.kernel_width, stride = conv.stride;
+  const int64_t depth = conv.channels * conv.kernel_height * conv.kernel_width;
+  const int64_t stride = Stride > 0 ? Stride : conv.stride;
   typename V::F sums[Pixels][Vectors];
   const float* right[Vectors];
 #pragma GCC unroll 2
@@ -112,20 +113,28 @@ inline void stem_tile(const StemConvolution& conv, const float* left, int64_t ch
 }
 
 // A row of the convolution, from the first tap of its first pixel on. The last tile overlaps the one before.
-template <class V, class T, int Vectors>
+template <class V, class T, int Vectors, int Stride>
 void stem_row(const StemConvolution& conv, const float* left, int64_t channel, typename T::Stored* to, int64_t step,
               int64_t count) {
   constexpr int64_t kPixels = kProductRows<V>;
   const int64_t width = conv.conv_width;
   if (width < kPixels) {
     for (int64_t x = 0; x < width; ++x)
-      stem_tile<V, T, 1, Vectors>(conv, left + x * conv.stride, channel, to + x * step, step, count);
+      stem_tile<V, T, 1, Vectors, Stride>(conv, left + x * conv.stride, channel, to + x * step, step, count);
     return;
   }
   for (int64_t x = 0; x < width; x += kPixels) {
     if (x + kPixels > width) x = width - kPixels;
-    stem_tile<V, T, kPixels, Vectors>(conv, left + x * conv.stride, channel, to + x * step, step, count);
+    stem_tile<V, T, kPixels, Vectors, Stride>(conv, left + x * conv.stride, channel, to + x * step, step, count);
   }
+}
+
+template <class V, class T, int Vectors>
+void stem_row(const StemConvolution& conv, const float* left, int64_t channel, typename T::Stored* to, int64_t step,
+              int64_t count) {
+  if (conv.stride == 1) stem_row<V, T, Vectors, 1>(conv, left, channel, to, step, count);
+  else if (conv.stride == 2) stem_row<V, T, Vectors, 2>(conv, left, channel, to, step, count);
+  else stem_row<V, T, Vectors, 0>(conv, left, channel, to, step, count);
 }
 
 // The larger one; NaN where either is.
@@ -155,43 +164,76 @@ inline StemWindow window_of(const StemConvolution& conv, int64_t index, int64_t 
   return {first < 0 ? 0 : first, last < side ? last : side};
 }
 
-// Windows of one row: [conv_width, channels] to [out_width, channels].
+// A pixel of a row of the result of pooling along the row: `count` pixels from `from` on.
 template <class V, int Vectors, StemPooling Pooling>
+inline void pool_pixel(const float* from, int64_t count, float* to) {
+  constexpr int64_t kChannels = Vectors * V::kWidth;
+  typename V::F found[Vectors];
+#pragma GCC unroll 2
+  for (int j = 0; j < Vectors; ++j) found[j] = V::load(from + j * V::kWidth);
+#pragma GCC unroll 4
+  for (int64_t i = 1; i < count; ++i)
+#pragma GCC unroll 2
+    for (int j = 0; j < Vectors; ++j)
+      found[j] = pooled_with<V, Pooling>(found[j], V::load(from + i * kChannels + j * V::kWidth));
+#pragma GCC unroll 2
+  for (int j = 0; j < Vectors; ++j) V::store(to + j * V::kWidth, found[j]);
+}
+
+// Windows of one row: [conv_width, channels] to [out_width, channels]. Size: of a window, 0 for any.
+template <class V, int Vectors, StemPooling Pooling, int Size>
 void pool_row(const StemConvolution& conv, const float* row, float* to) {
   constexpr int64_t kChannels = Vectors * V::kWidth;
-  for (int64_t x = 0; x < conv.out_width; ++x, to += kChannels) {
+  const int64_t size = Size > 0 ? Size : conv.pool_size;
+  for (int64_t x = 0; x < conv.out_width;) {
     const StemWindow window = window_of(conv, x, conv.conv_width);
-    typename V::F found[Vectors];
-#pragma GCC unroll 2
-    for (int j = 0; j < Vectors; ++j) found[j] = V::load(row + window.first * kChannels + j * V::kWidth);
-    for (int64_t i = window.first + 1; i < window.last; ++i)
-#pragma GCC unroll 2
-      for (int j = 0; j < Vectors; ++j)
-        found[j] = pooled_with<V, Pooling>(found[j], V::load(row + i * kChannels + j * V::kWidth));
-#pragma GCC unroll 2
-    for (int j = 0; j < Vectors; ++j) V::store(to + j * V::kWidth, found[j]);
+    const float* from = row + window.first * kChannels;
+    if (window.last - window.first < size) {  // at a border
+      pool_pixel<V, Vectors, Pooling>(from, window.last - window.first, to + x++ * kChannels);
+      continue;
+    }
+    const int64_t whole = (conv.conv_width - size - window.first) / conv.pool_stride + 1;
+    const int64_t last = whole < conv.out_width - x ? x + whole : conv.out_width;
+    for (; x < last; ++x, from += conv.pool_stride * kChannels)
+      pool_pixel<V, Vectors, Pooling>(from, size, to + x * kChannels);
   }
+}
+
+template <class V, int Vectors, StemPooling Pooling>
+void pool_row(const StemConvolution& conv, const float* row, float* to) {
+  if (conv.pool_size == 2) pool_row<V, Vectors, Pooling, 2>(conv, row, to);
+  else if (conv.pool_size == 3) pool_row<V, Vectors, Pooling, 3>(conv, row, to);
+  else pool_row<V, Vectors, Pooling, 0>(conv, row, to);
 }
 
 // A row of the result from the pooled rows of its window, each at its place in [pool_size, out_width, channels].
 template <class V, class T, int Vectors, StemPooling Pooling>
 void finish_row(const StemConvolution& conv, const float* pooled, StemWindow rows, typename T::Stored* to, int64_t count) {
   constexpr int64_t kChannels = Vectors * V::kWidth;
-  const int64_t size = conv.out_width * kChannels;
+  const int64_t size = conv.out_width * kChannels, most = conv.pool_size, height = rows.last - rows.first;
+  const int64_t start = rows.first % most;
   for (int64_t x = 0; x < conv.out_width; ++x, pooled += kChannels, to += conv.outputs) {
-    const StemWindow window = window_of(conv, x, conv.conv_width);
-    const int64_t area = conv.count_padding ? conv.pool_size * conv.pool_size
-                                            : (window.last - window.first) * (rows.last - rows.first);
-    const auto share = V::set1(1.0f / static_cast<float>(area));
+    typename V::F found[Vectors];
 #pragma GCC unroll 2
-    for (int j = 0; j < Vectors; ++j) {
-      const float* from = pooled + j * V::kWidth;
-      auto found = V::load(from + rows.first % conv.pool_size * size);
-      for (int64_t i = rows.first + 1; i < rows.last; ++i)
-        found = pooled_with<V, Pooling>(found, V::load(from + i % conv.pool_size * size));
-      if constexpr (Pooling == StemPooling::kAverage) found = V::mul(found, share);
-      store_some<V, T>(to + j * V::kWidth, count - j * V::kWidth, found);
+    for (int j = 0; j < Vectors; ++j) found[j] = V::load(pooled + start * size + j * V::kWidth);
+    for (int64_t i = 1, slot = start; i < height; ++i) {
+      slot = slot + 1 == most ? 0 : slot + 1;
+#pragma GCC unroll 2
+      for (int j = 0; j < Vectors; ++j)
+        found[j] = pooled_with<V, Pooling>(found[j], V::load(pooled + slot * size + j * V::kWidth));
     }
+    if constexpr (Pooling == StemPooling::kAverage) {
+      int64_t area = most * most;
+      if (!conv.count_padding) {
+        const StemWindow window = window_of(conv, x, conv.conv_width);
+        area = height * (window.last - window.first);
+      }
+      const auto share = V::set1(1.0f / static_cast<float>(area));
+#pragma GCC unroll 2
+      for (int j = 0; j < Vectors; ++j) found[j] = V::mul(found[j], share);
+    }
+#pragma GCC unroll 2
+    for (int j = 0; j < Vectors; ++j) store_some<V, T>(to + j * V::kWidth, count - j * V::kWidth, found[j]);
   }
 }
 
