@@ -27,12 +27,13 @@ PASSES = (
     "stem_convolution",
     "winograd_convolution",
     "packed_linear",
+    "softmax_attention",
 )
 # On a CPU these save no more than they cost: sharing a convolution reads the image once and copies behind the split; an
 # image padded with its mean needs no subtraction, and is a copy.
 _ASKED_FOR = ("shared_convolution", "normalization_into_padding")
 # These put ops of ours for the CPU into the program, and hide what the others look for: they run once, after those.
-_LAST = ("stem_convolution", "winograd_convolution", "packed_linear")
+_LAST = ("stem_convolution", "winograd_convolution", "packed_linear", "softmax_attention")
 DEFAULT = tuple(name for name in PASSES if name not in (*_ASKED_FOR, *_LAST))
 _ROUNDS = 8
 

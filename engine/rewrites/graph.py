@@ -172,6 +172,7 @@ class Program:
         """`replace` for several, all of them before anything goes."""
         for old, new in pairs:
             old.replace_all_uses_with(new)
+            self.graph.erase_node(old)  # what torch marks as random, attention too, is no dead code to it
         self.graph.eliminate_dead_code()
         self.graph.lint()
 

@@ -1,0 +1,89 @@
+"""Softmax attention by our op: which calls, and that they compute the same."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from planmill.engine import DynamicDim, capture
+from planmill.engine.capture import Captured
+from planmill.engine.rewrites import rewrite
+
+SMALL = DynamicDim("batch", 1, 3, 4)
+PASS = ["softmax_attention"]
+OP = torch.ops.planmill.softmax_attention.default
+attend, attend_op = F.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default
+
+
+class Tokens(nn.Module):
+    """Self-attention out of one linear layer, and two queries that attend to its result with a scale of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(12, 36), nn.Linear(12, 12)
+        self.queries = nn.Parameter(torch.randn(1, 3, 2, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, tokens, _ = x.shape
+        q, k, v = self.qkv(x).reshape(batch, tokens, 3, 3, 4).permute(2, 0, 3, 1, 4).unbind(0)
+        y = self.proj(attend(q, k, v).transpose(1, 2).reshape(batch, tokens, 12))
+        keys = y.unflatten(2, (3, 4)).transpose(1, 2)
+        return attend(self.queries.expand(batch, -1, -1, -1), keys, v, scale=0.3).flatten(1)
+
+
+def attentions(captured: Captured) -> list[Any]:
+    """The calls of our op in a program, in order."""
+    return [node for node in captured.program.graph.nodes if node.target is OP]
+
+
+@torch.no_grad()
+def test_self_and_cross_attention_compute_the_same() -> None:
+    torch.manual_seed(0)
+    model = Tokens().eval()
+    captured = capture(model, torch.rand(3, 21, 12), dynamic=SMALL)
+    rewritten = rewrite(captured, PASS)
+    assert rewritten.rewrites == PASS
+    assert rewritten.ops == ["planmill::softmax_attention"]
+    assert [node.args[3] for node in attentions(rewritten)] == [0.5, 0.3]
+    assert attend_op not in {node.target for node in rewritten.program.graph.nodes}
+    samples = torch.rand(3, 21, 12), 3 * torch.randn(1, 21, 12)
+    found = [rewritten.program.module()(x)[0] for x in samples]
+    model.double()
+    for x, got in zip(samples, found, strict=True):
+        assert (got - model(x.double())).abs().max() <= 2e-6
+
+
+class Attention(nn.Module):
+    """One call of attention on views of the input."""
+
+    def __init__(self, call: Callable[..., torch.Tensor]) -> None:
+        super().__init__()
+        self.call = call
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.call(x)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: attend(x, x, x, attn_mask=x @ x.mT),
+        lambda x: attend(x, x, x, is_causal=True),
+        lambda x: attend(x, x[:, :2], x[:, :2], enable_gqa=True),
+        lambda x: attend(x, x[:, :1], x[:, :1]),
+        lambda x: attend(x, x[:1], x[:1]),
+        lambda x: attend(x[:, 0], x[:, 1], x[:, 2]),
+    ],
+    ids=["mask", "causal", "shared_heads", "one_head_of_keys", "one_sample_of_keys", "no_heads"],
+)
+def test_other_attention_stays_as_it_is(call: Callable[..., torch.Tensor]) -> None:
+    captured = capture(Attention(call).eval(), torch.rand(3, 4, 5, 8), dynamic=SMALL)
+    assert rewrite(captured, PASS) is captured
+
+
+def test_16_bits_stay_as_they_are() -> None:
+    captured = capture(Tokens().eval(), torch.rand(3, 21, 12), dynamic=SMALL, precision="bf16")
+    assert rewrite(captured, PASS) is captured
