@@ -3,7 +3,8 @@
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -120,6 +121,7 @@ class Case:
         calls: calls per timed sample, for what is too short to time alone.
         reports_ms: the calls return their time in milliseconds instead of being timed.
         sweep: (what grows, how large it is here), for the plot of time against size.
+        file: "family/file" that the case stands in; `select` sets it.
     """
 
     op: str
@@ -139,6 +141,7 @@ class Case:
     calls: int = 1
     reports_ms: bool = False
     sweep: tuple[str, int] | None = None
+    file: str = ""
 
     def goals_for(self, dtype: torch.dtype) -> list[Goal]:
         """The goals that speak of this dtype."""
@@ -150,26 +153,20 @@ def plain(function: Callable[..., Any]) -> Callable[..., Callable[[], Any]]:
     return lambda *args: lambda: function(*args)
 
 
-def discover() -> dict[str, dict[str, list[Case]]]:
-    """All cases: family -> op -> cases, from the `CASES` of every file below a family's folder."""
+def files() -> dict[str, list[str]]:
+    """The files that hold cases: family -> names. Nothing is imported."""
     root = importlib.import_module(__package__)
-    found: dict[str, dict[str, list[Case]]] = {}
-    for family in pkgutil.iter_modules(root.__path__):
-        if not family.ispkg:
-            continue
-        package = importlib.import_module(f"{__package__}.{family.name}")
-        files = [m.name for m in pkgutil.iter_modules(package.__path__)]
-        found[family.name] = {op: importlib.import_module(f"{package.__name__}.{op}").CASES for op in sorted(files)}
-    return found
+    families = [Path(root.__path__[0]) / module.name for module in pkgutil.iter_modules(root.__path__) if module.ispkg]
+    return {path.name: sorted(m.name for m in pkgutil.iter_modules([str(path)])) for path in families}
 
 
 def select(wanted: str | None) -> list[Case]:
-    """The cases of "family", "family/op", or all of them.
+    """The cases of "family", "family/op", or all of them; no other file is imported, nor what it needs.
 
     Raises:
         LookupError: no such family or op; the message lists what there is.
     """
-    everything = discover()
+    everything = files()
     family, _, op = (wanted or "").partition("/")
     names = ", ".join(f"{f}/{o}" for f, ops in everything.items() for o in ops)
     if family and family not in everything:
@@ -177,10 +174,10 @@ def select(wanted: str | None) -> list[Case]:
     if op and op not in everything[family]:
         raise LookupError(f"no benchmark {wanted!r}; there are {names}")
     return [
-        case
-        for name, ops in everything.items()
+        replace(case, file=f"{name}/{file}")
+        for name in everything
         if family in ("", name)
-        for file, cases in ops.items()
+        for file in everything[name]
         if op in ("", file)
-        for case in cases
+        for case in importlib.import_module(f"{__package__}.{name}.{file}").CASES
     ]

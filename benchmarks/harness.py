@@ -301,8 +301,8 @@ def _memory(run: Run, session: Session, names: list[str]) -> dict[str, int]:
     if not run.case.memory or settings.quick:
         return {}
     found = {}
-    spec = {"op": run.case.op, "case": run.case.id, "dtype": run.dtype_name, "device": settings.device}
-    spec |= {"threads": settings.threads, "seed": settings.seed}
+    spec = {"file": run.case.file, "op": run.case.op, "case": run.case.id, "dtype": run.dtype_name}
+    spec |= {"device": settings.device, "threads": settings.threads, "seed": settings.seed}
     spec["isa"] = run.isa if settings.device == "cpu" and run.isa in kernels.cpu_capabilities() else None
     for name in names:
         try:

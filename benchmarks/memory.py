@@ -74,7 +74,7 @@ def measure(spec: dict[str, Any]) -> int:
     """`extra_bytes` of ours or a peer in a fresh process.
 
     Args:
-        spec: op, case, dtype, device, peer ("" for ours), threads, isa, seed.
+        spec: file ("family/file"), op, case, dtype, device, peer ("" for ours), threads, isa, seed.
 
     Raises:
         MemoryUnknown: the child failed, or this system does not tell.
@@ -92,12 +92,11 @@ def main() -> None:
     """The child: one case, one implementation, one number on standard output."""
     from planmill import kernels
 
-    from .cases import DTYPES, Draw, discover
+    from .cases import DTYPES, Draw, select
     from .machine import limited
 
     spec = json.loads(sys.argv[1])
-    cases = [case for ops in discover().values() for found in ops.values() for case in found]
-    case = next(case for case in cases if (case.op, case.id) == (spec["op"], spec["case"]))
+    case = next(case for case in select(spec["file"]) if (case.op, case.id) == (spec["op"], spec["case"]))
     prepare = case.peers[spec["peer"]].prepare if spec["peer"] else lambda *args: lambda: case.ours(*args)
     draw = Draw(DTYPES[spec["dtype"]], spec["device"], torch.Generator().manual_seed(spec["seed"]))
     call = prepare(*case.make(draw))

@@ -1,4 +1,5 @@
 // planmill.kernels._C: what Python asks of the extension besides the ops, which register themselves with torch.
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/csrc/jit/python/pybind_utils.h>
 #include <torch/library.h>
 

@@ -247,9 +247,9 @@ def test_memory_sees_a_known_allocation() -> None:
 
 
 def test_a_memory_child_that_fails_says_why() -> None:
-    spec = {"op": "segmented_max", "case": "none", "dtype": "float32", "device": "cpu", "peer": ""}
+    spec = {"file": "neighbors/segmented_max", "op": "segmented_max", "case": "none", "dtype": "float32"}
     with pytest.raises(bench.memory.MemoryUnknown, match="memory of segmented_max none ours: StopIteration"):
-        bench.memory.measure(spec | {"threads": None, "isa": None, "seed": 0})
+        bench.memory.measure(spec | {"device": "cpu", "peer": "", "threads": None, "isa": None, "seed": 0})
 
 
 def test_a_plot_of_time_against_size(tmp_path: Path) -> None:
