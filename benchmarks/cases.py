@@ -121,6 +121,7 @@ class Case:
         calls: calls per timed sample, for what is too short to time alone.
         reports_ms: the calls return their time in milliseconds instead of being timed.
         sweep: (what grows, how large it is here), for the plot of time against size.
+        package: that the arguments are made with; where it is not importable, the case is left out with a note.
         file: "family/file" that the case stands in; `select` sets it.
     """
 
@@ -141,6 +142,7 @@ class Case:
     calls: int = 1
     reports_ms: bool = False
     sweep: tuple[str, int] | None = None
+    package: str | None = None
     file: str = ""
 
     def goals_for(self, dtype: torch.dtype) -> list[Goal]:

@@ -157,12 +157,16 @@ def left_out(cases: list[Case], settings: Settings, dtype: torch.dtype | None = 
 
 
 def execute(run: Run, session: Session) -> list[Row]:
-    """Check, time and measure one run; one row per peer.
+    """Check, time and measure one run; one row per peer, none where the case needs a package that is absent.
 
     Raises:
         WrongResult: ours or a peer fails the case's check.
     """
     settings, case = session.settings, run.case
+    if why := _absent(case.package):
+        session.note_once(f"{case.op}: no case {case.id}: {why} (pip install 'planmill[models]')")
+        session.missed += [(case, run.dtype, goal, why) for goal in case.goals_for(run.dtype)]
+        return []
     held = settings.device == "cpu" and run.isa in kernels.cpu_capabilities()
     with kernels.cpu_capability(run.isa) if held else nullcontext():
         try:
@@ -234,13 +238,17 @@ def _concerns(goal: Goal, peer: str) -> bool:
     return goal.kind != "ratio" or goal.peer in (None, peer)
 
 
+def _absent(package: str | None) -> str:
+    """Why a package cannot be used, or "" where it can or none is needed."""
+    return f"{package} is not installed" if package and importlib.util.find_spec(package) is None else ""
+
+
 def _usable(run: Run, session: Session) -> Iterator[tuple[str, Peer]]:
     case = run.case
     for name, peer in case.peers.items():
         if session.settings.device not in peer.devices:
             continue
-        if peer.package and importlib.util.find_spec(peer.package) is None:
-            why = f"{peer.package} is not installed"
+        if why := _absent(peer.package):
             session.note_once(f"{case.op}: no peer {name}: {why} (pip install 'planmill[bench]')")
             goals = (goal for goal in case.goals_for(run.dtype) if goal.peer == name)
             session.missed += [(case, run.dtype, goal, why) for goal in goals]

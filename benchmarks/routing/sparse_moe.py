@@ -196,6 +196,7 @@ CASES = [
             make=mixtral(tokens),
             small=mixtral(min(tokens, 9), 32, 64),
             peers=peers(tokens),
+            package="transformers",
             goals=asked,
             calls=8 if tokens == 1 else 1,
             **SHARED,
@@ -215,6 +216,7 @@ CASES = [
             make=qwen(tokens),
             small=qwen(min(tokens, 9), 32, 64),
             peers={name: peer for name, peer in peers(tokens).items() if name != COMPILED},
+            package="transformers",
             calls=8 if tokens == 1 else 1,
             **SHARED,
         )

@@ -197,6 +197,24 @@ def test_a_peer_that_is_not_installed_is_noted() -> None:
     assert notes == ["doubling: no peer absent: no_such_package_here is not installed (pip install 'planmill[bench]')"]
 
 
+def test_a_case_whose_package_is_not_installed_is_noted() -> None:
+    notes: list[str] = []
+    shared = session()
+    shared.note = notes.append
+    case = doubling(lambda x: 2 * x, goals=(Goal("ratio", 2.0),), package="no_such_package_here")
+    assert bench.harness.execute(Run(case, torch.float32, bench.harness.level()), shared) == []
+    assert [reason for *_, reason in shared.missed] == ["no_such_package_here is not installed"]
+    assert notes == ["doubling: no case 64: no_such_package_here is not installed (pip install 'planmill[models]')"]
+
+
+def test_a_family_needs_only_its_own_files() -> None:
+    program = (
+        "import sys; from planmill.cli.bench import load_benchmarks; cases = load_benchmarks().cases.select('moments');"
+        "assert 'moments/mahalanobis' in {case.file for case in cases}; assert 'planmill.engine' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
 def test_rounds_alternate_and_start_with_another_each_time() -> None:
     order: list[str] = []
 
