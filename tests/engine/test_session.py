@@ -6,8 +6,9 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -170,12 +171,14 @@ class Door:
     """An op that tells when a thread is inside and waits until it is let out."""
 
     def __init__(self) -> None:
+        self.inside: Callable[[], object] = lambda: None  # what else happens during the call
         self.entered, self.opened = threading.Event(), threading.Event()
         self.opened.set()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         self.entered.set()
         assert self.opened.wait(20)
+        self.inside()
         return x + 1
 
 
@@ -226,6 +229,46 @@ def test_other_threads_run_during_a_call(door_plan: tuple[Path, Door]) -> None:
     assert torch.equal(results[0], torch.full((2, 4), 2.0))
     with pytest.raises(PlanError, match="session is closed"):
         session(torch.ones(2, 4))
+
+
+def test_large_buffers_stay_from_one_call_to_the_next(door_plan: tuple[Path, Door]) -> None:
+    path, door = door_plan
+    session, x, size = Session(path), torch.ones(2, 4), 1 << 20
+    runner: Any = session._run
+
+    def during_a_call(do: Callable[[], torch.Tensor]) -> torch.Tensor:
+        made = []
+        door.opened.set()
+        door.inside = lambda: made.append(do())
+        try:
+            session(x)
+        finally:
+            door.inside = lambda: None
+        return made.pop()
+
+    first = during_a_call(lambda: torch.zeros(size))
+    second = during_a_call(lambda: torch.ones(size))  # the caller has the first one
+    address, held = first.data_ptr(), 4 * size
+    assert address != second.data_ptr()
+    assert not first.any()
+    assert runner.kept_bytes == 0
+    del first
+    assert runner.kept_bytes == held
+    outside, small = torch.empty(size), during_a_call(lambda: torch.empty(size // 4))
+    assert address not in (outside.data_ptr(), small.data_ptr())  # another's, or twice as large as needed
+    again = during_a_call(lambda: torch.empty(size - 7))
+    assert again.data_ptr() == address
+    # oneDNN takes its scratch memory by the address alone
+    image, weight = torch.ones(1, 64, 60, 60), torch.ones(64, 64, 3, 3)
+    assert during_a_call(lambda: torch.conv2d(image, weight)).eq(64 * 9).all()
+    del again
+    assert runner.kept_bytes >= held
+    for _ in range(6):
+        session(x)
+    assert runner.kept_bytes == 0
+    del runner
+    session.close()
+    assert second.all()
 
 
 def test_filling_outputs(several_plan: Plan) -> None:
