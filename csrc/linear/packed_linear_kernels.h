@@ -38,8 +38,19 @@ inline void store_columns(float* p, int64_t count, typename V::F value) {
   for (int64_t i = 0; i < count; ++i) p[i] = x[i];
 }
 
+// Weights that come next, asked for a few lines at a time while there is other work.
+struct WeightsAhead {
+  const float* data;
+  int64_t lines;  // to ask for during a tile
+
+  void ask(int64_t count) {
+    for (int64_t i = 0; i < count; ++i) __builtin_prefetch(data + i * kLinearPanel, 0, 2);  // into the second-level cache
+    data += count * kLinearPanel;
+  }
+};
+
 template <class V, int Rows, int Vectors>
-void linear_tile(const PackedLinear& linear, int64_t row, int64_t column) {
+void linear_tile(const PackedLinear& linear, int64_t row, int64_t column, WeightsAhead ahead) {
   constexpr int W = V::kWidth;
   const int64_t depth = depth_of(linear), count = linear.outputs - column;
   float totals[Rows][Vectors * W];
@@ -52,8 +63,11 @@ void linear_tile(const PackedLinear& linear, int64_t row, int64_t column) {
     const auto bias = load_columns<V>(linear.bias + at, count - j * W);
     for (int i = 0; i < Rows; ++i) V::store(totals[i] + j * W, bias);
   }
+  float* out = linear.out + row * linear.outputs + column;
+  for (int i = 0; i < Rows; ++i) __builtin_prefetch(out + i * linear.outputs, 1, 3);  // to be written, pages apart
   for (int64_t first = 0; first < linear.channels; first += depth) {
     const int64_t last = linear.channels - first < depth ? linear.channels : first + depth;
+    ahead.ask(ahead.lines * (last - first) / linear.channels);
 #pragma GCC unroll 12
     for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 8
@@ -76,7 +90,6 @@ void linear_tile(const PackedLinear& linear, int64_t row, int64_t column) {
       for (int j = 0; j < Vectors; ++j)
         V::store(totals[i] + j * W, V::add(V::load(totals[i] + j * W), sums[i][j]));
   }
-  float* out = linear.out + row * linear.outputs + column;
   for (int i = 0; i < Rows; ++i)
     for (int j = 0; j < Vectors; ++j)
       store_columns<V>(out + i * linear.outputs + j * W, count - j * W, V::load(totals[i] + j * W));
@@ -84,10 +97,10 @@ void linear_tile(const PackedLinear& linear, int64_t row, int64_t column) {
 
 // A tile of `rows` rows, at most Rows.
 template <class V, int Rows, int Vectors>
-void linear_rows(const PackedLinear& linear, int64_t rows, int64_t row, int64_t column) {
+void linear_rows(const PackedLinear& linear, int64_t rows, int64_t row, int64_t column, WeightsAhead ahead) {
   if constexpr (Rows > 1)
-    if (rows < Rows) return linear_rows<V, Rows - 1, Vectors>(linear, rows, row, column);
-  linear_tile<V, Rows, Vectors>(linear, row, column);
+    if (rows < Rows) return linear_rows<V, Rows - 1, Vectors>(linear, rows, row, column, ahead);
+  linear_tile<V, Rows, Vectors>(linear, row, column, ahead);
 }
 
 template <class V, typename V::F (*Activate)(typename V::F)>
@@ -129,17 +142,21 @@ inline int64_t next_rows(int64_t left) {
 template <class V, int Rows, int Vectors>
 void linear_row(const PackedLinear& linear, int64_t row, int64_t column, int64_t last) {
   for (; column + Vectors * V::kWidth <= last; column += Vectors * V::kWidth) {
-    linear_tile<V, Rows, Vectors>(linear, row, column);
+    linear_tile<V, Rows, Vectors>(linear, row, column, {linear.packed, 0});
     activate<V>(linear, row, row + Rows, column, Vectors * V::kWidth);
   }
   if constexpr (Vectors > 1) linear_row<V, Rows, Vectors / 2>(linear, row, column, last);
 }
 
 template <class V, int Vectors>
-void linear_columns(const PackedLinear& linear, int64_t first_row, int64_t last_row, int64_t column) {
-  for (int64_t row = first_row; row < last_row;) {
+void linear_columns(const PackedLinear& linear, int64_t first_row, int64_t last_row, int64_t column, int64_t last) {
+  const int64_t next = column + Vectors * V::kWidth, panels = (Vectors * V::kWidth + kLinearPanel - 1) / kLinearPanel;
+  const int64_t tiles = (last_row - first_row) / kProductRows<V> + 1;
+  const int64_t lines = next < last ? (panels * linear.channels + tiles - 1) / tiles : 0;
+  WeightsAhead ahead{linear.packed + (next < last ? next / kLinearPanel * linear.channels * kLinearPanel : 0), lines};
+  for (int64_t row = first_row; row < last_row; ahead.data += lines * kLinearPanel) {
     const int64_t rows = next_rows<V>(last_row - row);
-    linear_rows<V, kProductRows<V>, Vectors>(linear, rows, row, column);
+    linear_rows<V, kProductRows<V>, Vectors>(linear, rows, row, column, ahead);
     activate<V>(linear, row, row + rows, column, Vectors * V::kWidth);
     row += rows;
   }
@@ -154,8 +171,8 @@ void run_packed_linear(const PackedLinear& linear, int64_t first_row, int64_t la
   if (last_row - first_row == 1) return linear_row<V, 1, 8>(linear, first_row, column, last);
   if (last_row - first_row == 2) return linear_row<V, 2, 4>(linear, first_row, column, last);
   for (; column + 2 * V::kWidth <= last; column += 2 * V::kWidth)
-    linear_columns<V, 2>(linear, first_row, last_row, column);
-  if (column < last) linear_columns<V, 1>(linear, first_row, last_row, column);
+    linear_columns<V, 2>(linear, first_row, last_row, column, last);
+  if (column < last) linear_columns<V, 1>(linear, first_row, last_row, column, last);
 }
 
 template <class V>
