@@ -151,7 +151,7 @@ def _getitem(x: torch.Tensor, index: Any) -> torch.Tensor:
 
 def _index(x: torch.Tensor, index: Any) -> Any:
     if isinstance(index, list) and all(isinstance(i, int) for i in index):
-        return _tensor(index, device=x.device)
+        return _tensor(index, dtype=None if index else torch.int64, device=x.device)
     if isinstance(index, torch.Tensor) and index.dtype in (torch.int32, torch.int16, torch.int8):
         return index.long()
     return index

@@ -10,6 +10,7 @@ namespace planmill {
 constexpr int64_t kWinogradSide = 6;                               // of an input tile
 constexpr int64_t kWinogradTaps = kWinogradSide * kWinogradSide;  // products of a tile and a pair of channels
 constexpr int64_t kWinogradPanel = 16;                            // output channels that stand together
+constexpr int64_t kWinogradGroup = 4;                             // panels that are computed together
 
 // out = bias + sum over channels of x convolved with a square kernel of `size` (2 to 5) taps a side; both channels-last.
 struct WinogradConvolution {
@@ -27,8 +28,10 @@ struct WinogradConvolution {
 struct WinogradKernels {
   int64_t (*block)(const WinogradConvolution& convolution);    // tiles that a call takes at most
   int64_t (*scratch)(const WinogradConvolution& convolution);  // floats that a call needs
-  // Outputs of tiles [first, last), counted over all images.
-  void (*run)(const WinogradConvolution& convolution, int64_t first, int64_t last, float* scratch);
+  // Outputs of tiles [first, last), counted over all images, of the channels of panels [first_panel, last_panel), which are
+  // whole groups but for the last.
+  void (*run)(const WinogradConvolution& convolution, int64_t first, int64_t last, int64_t first_panel, int64_t last_panel,
+              float* scratch);
 };
 
 const WinogradKernels* winograd_baseline();

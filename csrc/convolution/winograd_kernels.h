@@ -15,14 +15,16 @@ namespace planmill {
 namespace {
 
 constexpr int64_t kBytes = 1800000;  // of a block's transformed inputs: 48 tiles of 256 channels
-constexpr int64_t kPanels = 4;       // of a group
+constexpr int64_t kMostBytes = 12000000;
 constexpr int64_t kLine = 16;        // floats of a cache line
 
-// Tiles of a block: whole register tiles of the product.
+// Tiles of a block: whole register tiles of the product; where its inputs leave the second-level cache anyway, as many as
+// make up for a kernel that comes from memory at every block.
 inline int64_t winograd_block(const WinogradConvolution& conv) {
   const int64_t channels = conv.channels < 1 ? 1 : conv.channels, bytes = kWinogradTaps * 4;
-  const int64_t fit = kBytes / (bytes * channels) / 12 * 12;
-  return fit < 12 ? 12 : fit > 192 ? 192 : fit;
+  const int64_t fit = kBytes / (bytes * channels) / 12 * 12, most = kMostBytes / (bytes * channels) / 12 * 12;
+  if (fit < 48) return most < 12 ? 12 : most > 72 ? 72 : most;
+  return fit > 192 ? 192 : fit;
 }
 
 // Floats between the same number of two taps: 36 streams that advance together must not fall into the same cache sets.
@@ -36,7 +38,7 @@ struct WinogradScratch {
 
 inline WinogradScratch winograd_layout(const WinogradConvolution& conv, int64_t tiles) {
   const int64_t row = conv.channels + kLine;
-  return {row, spread(tiles * row), spread(tiles * kPanels * kWinogradPanel)};
+  return {row, spread(tiles * row), spread(tiles * kWinogradGroup * kWinogradPanel)};
 }
 
 inline int64_t winograd_scratch(const WinogradConvolution& conv) {
@@ -48,14 +50,13 @@ inline int64_t winograd_scratch(const WinogradConvolution& conv) {
 template <class V>
 inline void transform_input(const typename V::F* d, int64_t step, typename V::F* out) {
   const auto d0 = d[0], d1 = d[step], d2 = d[2 * step], d3 = d[3 * step], d4 = d[4 * step], d5 = d[5 * step];
-  const auto c = [](float x) { return V::set1(x); };
   const auto even = V::sub(d4, d2), odd = V::sub(d3, d1);
-  out[0] = V::fma(c(1.5f), odd, V::add(d0, V::fma(c(-2.0f), d2, d4)));
-  out[1] = V::fma(c(2.5f), d3, V::sub(V::fma(c(0.5f), d2, d4), d1));
-  out[2] = V::fma(c(-2.5f), d2, V::add(V::fma(c(0.5f), d3, d4), d1));
-  out[3] = V::fma(c(2.0f), odd, even);
-  out[4] = V::fma(c(-0.5f), odd, even);
-  out[5] = V::fma(c(1.5f), even, V::add(V::fma(c(-2.0f), d3, d1), d5));
+  out[0] = V::fma(V::set1(1.5f), odd, V::add(d0, V::fma(V::set1(-2.0f), d2, d4)));
+  out[1] = V::fma(V::set1(2.5f), d3, V::sub(V::fma(V::set1(0.5f), d2, d4), d1));
+  out[2] = V::fma(V::set1(-2.5f), d2, V::add(V::fma(V::set1(0.5f), d3, d4), d1));
+  out[3] = V::fma(V::set1(2.0f), odd, even);
+  out[4] = V::fma(V::set1(-0.5f), odd, even);
+  out[5] = V::fma(V::set1(1.5f), even, V::add(V::fma(V::set1(-2.0f), d3, d1), d5));
 }
 
 // A^T m: Outputs sums of six products.
@@ -232,7 +233,7 @@ inline void multiply_tile(const float* a, int64_t row, const float* b, float* c,
       for (int j = 0; j < kVectors; ++j) sums[i][j] = V::zero();
     for (int64_t p = 0; p < channels;) {
       for (int64_t i = 0; i < next.lines; ++i, next.kernel += kLine) __builtin_prefetch(next.kernel, 0, 2);
-      for (int i = 0; i < Rows * kTurn / (kPanels * kLine); ++i, next.inputs += kLine)
+      for (int i = 0; i < Rows * kTurn / (kWinogradGroup * kLine); ++i, next.inputs += kLine)
         __builtin_prefetch(next.inputs, 0, 2);
       const int64_t last = p + kTurn < channels ? p + kTurn : channels;
 #pragma GCC unroll 4
@@ -271,7 +272,8 @@ void multiply_panel(const float* inputs, int64_t row, int64_t tiles, int64_t cha
 }
 
 template <class V, class T>
-void run_tiles(const WinogradConvolution& conv, int64_t first, int64_t last, float* scratch) {
+void run_tiles(const WinogradConvolution& conv, int64_t first, int64_t last, int64_t first_panel, int64_t last_panel,
+               float* scratch) {
   const int64_t tiles = last - first, channels = conv.channels;
   const int64_t panels = (conv.out_channels + kWinogradPanel - 1) / kWinogradPanel;
   const WinogradScratch layout = winograd_layout(conv, tiles);
@@ -283,16 +285,16 @@ void run_tiles(const WinogradConvolution& conv, int64_t first, int64_t last, flo
   const auto kernel = [&](int64_t tap, int64_t panel) {
     return conv.transformed + (tap * panels + panel) * channels * kWinogradPanel;
   };
-  for (int64_t begin = 0; begin < panels; begin += kPanels) {
-    const int64_t end = begin + kPanels < panels ? begin + kPanels : panels;
+  for (int64_t begin = first_panel; begin < last_panel; begin += kWinogradGroup) {
+    const int64_t end = begin + kWinogradGroup < last_panel ? begin + kWinogradGroup : last_panel;
     for (int64_t tap = 0; tap < kWinogradTaps; ++tap)
       for (int64_t panel = begin; panel < end; ++panel) {
         const bool last_panel = panel + 1 == end, last_tap = tap + 1 == kWinogradTaps;
         const float* next_kernel = !last_panel ? kernel(tap, panel + 1)
                                    : !last_tap ? kernel(tap + 1, begin)
-                                               : kernel(0, end < panels ? end : 0);
+                                               : kernel(0, end < last_panel ? end : first_panel);
         const float* next_inputs = inputs + (last_tap ? 0 : tap + 1) * layout.input_step;
-        const int64_t share = (panel - begin) * kProductRows<V> * layout.row / kPanels;
+        const int64_t share = (panel - begin) * kProductRows<V> * layout.row / kWinogradGroup;
         const WinogradNext next{next_kernel, next_inputs + share, lines};
         multiply_panel<V>(inputs + tap * layout.input_step, layout.row, tiles, channels, kernel(tap, panel), next,
                           products + tap * layout.product_step + (panel - begin) * tiles * kWinogradPanel);
@@ -306,10 +308,11 @@ void run_tiles(const WinogradConvolution& conv, int64_t first, int64_t last, flo
 }
 
 template <class V>
-void run_winograd(const WinogradConvolution& conv, int64_t first, int64_t last, float* scratch) {
-  if (conv.type == Element::kFloat) run_tiles<V, Float32>(conv, first, last, scratch);
-  else if (conv.type == Element::kBFloat16) run_tiles<V, BFloat16>(conv, first, last, scratch);
-  else run_tiles<V, Half>(conv, first, last, scratch);
+void run_winograd(const WinogradConvolution& conv, int64_t first, int64_t last, int64_t first_panel, int64_t last_panel,
+                  float* scratch) {
+  if (conv.type == Element::kFloat) run_tiles<V, Float32>(conv, first, last, first_panel, last_panel, scratch);
+  else if (conv.type == Element::kBFloat16) run_tiles<V, BFloat16>(conv, first, last, first_panel, last_panel, scratch);
+  else run_tiles<V, Half>(conv, first, last, first_panel, last_panel, scratch);
 }
 
 template <class V>

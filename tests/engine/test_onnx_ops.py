@@ -236,6 +236,11 @@ def test_portable_form_agrees_with_the_reference(spec: OpSpec) -> None:
                 raise AssertionError(f"{case.id} {dtype}: {error}") from error
 
 
+def test_an_empty_list_is_an_index_in_single_precision_too() -> None:
+    with _SinglePrecision():
+        assert torch.zeros(2, 3)[:, []].shape == (2, 0)
+
+
 def test_float_attributes_come_back_as_they_were_meant() -> None:
     for value in (0.7, 0.29, 0.1, 1e-5, 1e-6, 1e-20, -3.5, 0.0, 1.0, 100.0, 1e38):
         assert shortest_float(float(numpy.float32(value))) == value

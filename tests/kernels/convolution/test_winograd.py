@@ -77,6 +77,19 @@ def test_an_image_alone_has_the_bits_it_has_in_a_batch() -> None:
     assert torch.equal(convolve(x)[[0, 1, 3, 4]], together[[0, 1, 3, 4]])
 
 
+def test_threads_that_share_a_large_kernel_give_the_bits_of_one() -> None:
+    layer, x = nn.Conv2d(64, 500, 3, padding=1), normal(1, 64, 11, 9)  # 9 tiles of 500 channels, in two parts
+    threads, found = torch.get_num_threads(), []
+    with torch.no_grad():
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            found.append(WinogradConv2d.from_conv2d(layer)(x))
+        torch.set_num_threads(threads)
+        want = layer.double()(x.double())
+    assert torch.equal(*found)
+    assert (found[0] - want).abs().max() <= 1e-5 * want.abs().max()
+
+
 def test_a_state_dict_of_conv2d_loads() -> None:
     source = nn.Sequential(nn.Conv2d(3, 8, 4), nn.ReLU(), nn.Conv2d(8, 5, 3, padding=1, bias=False))
     layers = nn.Sequential(WinogradConv2d(3, 8, 4), nn.ReLU(), WinogradConv2d(8, 5, 3, padding=1, bias=False))

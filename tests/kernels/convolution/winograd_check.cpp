@@ -52,7 +52,9 @@ int main() {
         const int64_t block = std::min<int64_t>(kernels.block(convolution), 13);
         for (int64_t first = 0; first < tiles; first += block) {
           for (float& number : scratch) number = NAN;
-          kernels.run(convolution, first, std::min(tiles, first + block), scratch.data());
+          for (int panel = 0; panel < panels; panel += kWinogradGroup)
+            kernels.run(convolution, first, std::min(tiles, first + block), panel,
+                        std::min<int64_t>(panels, panel + kWinogradGroup), scratch.data());
         }
         for (int image = 0; image < images; ++image)
           for (int i = 0; i < out_height; ++i)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from planmill.engine.portable import _SinglePrecision
 from planmill.kernels import cpu_capabilities, cpu_capability, ops
 from planmill.kernels.moments import MomentProbingHead, RecalibrationAdapter, cross_covariance
 from planmill.kernels.moments.head_covariance.cases import drawn
@@ -304,3 +305,13 @@ def test_gradient_compile_and_export(generator: torch.Generator) -> None:
 def test_messages(call: object, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call(torch.zeros(2, 5, 8))  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e-6, 1e15, 1e18])
+def test_plans_without_plugins_keep_columns_whose_squares_leave_float32(scale: float) -> None:
+    spec, nothing = ops()["head_covariance"], torch.empty(0)
+    assert spec.portable is not None
+    args = scale * torch.randn(2, 30, 40), nothing, nothing, 2, 1e-5, "scalar", "adjacent", False, True
+    with _SinglePrecision():
+        got = spec.load(spec.portable)(*args)
+    torch.testing.assert_close(got, spec.reference(*args), atol=1e-6, rtol=1e-6)
