@@ -185,6 +185,8 @@ def _goals(name: str, batch: int, dtype: torch.dtype) -> tuple[Goal, ...]:
     if (name, batch) == ("efficient_ad_s", 1):
         needs = "amx" if dtype == torch.bfloat16 else ""
         goals += [Goal("ratio", 1.2, peer=peer, needs=needs) for peer in ("openvino", "no rewrites")]
+    if name in ("digits", "vit_small") and dtype == torch.float32:
+        goals += [Goal("ratio", 1.0, peer=peer) for peer in ("onnxruntime", "openvino")]
     return tuple(goals)
 
 
