@@ -136,12 +136,14 @@ def _weight_bytes(captured: Captured) -> int:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """The exporter's progress, its warnings and those of the optimiser belong to no user of a plan."""
-    logger = logging.getLogger("onnxscript")
-    level = logger.level
+    loggers = [logging.getLogger(name) for name in ("onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
     with contextlib.redirect_stdout(io.StringIO()), quiet_copies(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        logger.setLevel(logging.ERROR)
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
         try:
             yield
         finally:
-            logger.setLevel(level)
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

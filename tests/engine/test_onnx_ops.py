@@ -241,6 +241,22 @@ def test_an_empty_list_is_an_index_in_single_precision_too() -> None:
         assert torch.zeros(2, 3)[:, []].shape == (2, 0)
 
 
+class Constants(nn.Module):
+    """Results that do not depend on the input."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return x + 1, torch.full((3, 2), 2.5), torch.full((len(x), 2), 2.5)
+
+
+def test_constant_results_are_written_without_a_word(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    captured = capture(Constants().eval(), torch.rand(3, 4), dynamic=None)
+    model = export_onnx(captured, tmp_path, plugins="none")
+    x = torch.rand(3, 4)
+    for got, want in zip(OnnxRunner(model.path, captured.outputs)([x]), captured.reference(x), strict=True):
+        assert torch.equal(got, want)
+    assert [record.message for record in caplog.records if record.levelname in ("WARNING", "ERROR")] == []
+
+
 def test_float_attributes_come_back_as_they_were_meant() -> None:
     for value in (0.7, 0.29, 0.1, 1e-5, 1e-6, 1e-20, -3.5, 0.0, 1.0, 100.0, 1e38):
         assert shortest_float(float(numpy.float32(value))) == value
