@@ -1,4 +1,4 @@
-"""Attention without the softmax, and local and streaming forms of it."""
+"""Attention over all tokens and without the softmax, and local and streaming forms of it."""
 
 from typing import TYPE_CHECKING, Any
 

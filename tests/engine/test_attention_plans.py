@@ -104,7 +104,7 @@ class Prototypes(nn.Module):
 
 def streams_and_prototypes() -> Model:
     """Two streams, prototypes; float32 [B, 10, 8]."""
-    ops = {"planmill::correlation_attention", "planmill::prototype_attention"}
+    ops = {f"planmill::{name}_attention" for name in ("correlation", "prototype", "softmax")}
     return nn.Sequential(TwoStreams(), Prototypes()), torch.randn(2, 10, 8), ops
 
 
