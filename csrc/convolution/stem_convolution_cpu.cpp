@@ -1,6 +1,7 @@
 // stem_convolution on the CPU: blocks of rows of the result, each from the image to the pooled rows on one thread.
 #include "common/torch_headers.h"
 
+#include <atomic>
 #include <string_view>
 
 #include "common/cpu_capability.h"
@@ -90,10 +91,12 @@ at::Tensor stem_convolution(const at::Tensor& x, const at::Tensor& packed, const
       for (int64_t j = 0; j < beside; ++j) taps.push_back((c * conv.strip_rows + i) * conv.strip_width + j);
   conv.taps = taps.data();
   const StemKernels& kernels = choose_kernels(stem_baseline(), stem_avx2(), stem_avx512());
-  const int64_t work = block * conv.conv_width * outputs * static_cast<int64_t>(taps.size());
-  at::parallel_for(0, images * blocks, std::max<int64_t>(1, kLeastWork / work), [&](int64_t begin, int64_t end) {
+  const int64_t work = block * conv.conv_width * outputs * static_cast<int64_t>(taps.size()), count = images * blocks;
+  const int64_t workers = std::clamp<int64_t>(count * work / kLeastWork, 1, std::min<int64_t>(count, at::get_num_threads()));
+  std::atomic<int64_t> next{0};  // whoever has finished a block takes the next one
+  at::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
     const at::Tensor scratch = at::empty({kernels.scratch(conv)}, at::kFloat);
-    for (int64_t i = begin; i < end; ++i) {
+    for (int64_t i = next++; i < count; i = next++) {
       const int64_t first = i % blocks * block;
       kernels.run(conv, i / blocks, first, std::min(conv.out_height, first + block), scratch.mutable_data_ptr<float>());
     }
