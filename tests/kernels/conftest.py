@@ -1,4 +1,6 @@
-"""CUDA C++ on the host: compiled by g++ behind common/cuda_emulation.h and called as the launcher calls it."""
+"""Kernels compiled by g++ for a test: of one instruction set, in a program that checks them; and CUDA C++ on the host,
+behind common/cuda_emulation.h and called as the launcher calls it.
+"""
 
 import ctypes
 import functools
@@ -11,6 +13,7 @@ import torch
 
 from planmill.kernels.common import cuda
 
+CSRC = Path(__file__).parents[2] / "csrc"
 EMULATION = Path(__file__).parent / "common" / "cuda_emulation.h"
 PROGRAM = """
 #include "{emulation}"
@@ -21,6 +24,29 @@ extern "C" int emulate(unsigned grid, unsigned threads, size_t shared, void* con
 """
 
 Launch = Callable[..., None]
+Check = Callable[..., None]
+
+
+@pytest.fixture
+def check_kernels(request: pytest.FixtureRequest, tmp_path: Path) -> Check:
+    """Compiles NAME_check.cpp, which stands beside the test, with kernels of an instruction set, and runs it.
+
+    Called with "family/NAME_level", their source in csrc, with flags of the compiler; `emulated`: over the plain C++
+    of common/vec.h; `kernels`: the function that gives them, where it is not called as the source is.
+    """
+
+    def check(source: str, *flags: str, emulated: bool = False, kernels: str = "") -> None:
+        name = source.rpartition("/")[2]
+        beside = request.path.with_name(f"{name.rpartition('_')[0]}_check.cpp")
+        command = ["g++", "-std=c++20", "-fno-math-errno", f"-I{CSRC}", f"-DKERNELS={kernels or name}", *flags]
+        command += ["-DPLANMILL_EMULATE"] * emulated
+        command += [str(beside), str(CSRC / f"{source}.cpp"), "-o", str(tmp_path / "check")]
+        subprocess.run(command, check=True)
+        result = subprocess.run([str(tmp_path / "check")], capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stdout + result.stderr[-2000:]
+        assert result.stdout.endswith("0 failures\n")
+
+    return check
 
 
 def packed(value: torch.Tensor | float) -> ctypes.c_void_p | ctypes.c_float | ctypes.c_int:

@@ -1,8 +1,6 @@
 """attend_by_softmax against PyTorch in float64, random draws, samples alone and in a batch, and messages."""
 
-import subprocess
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +9,7 @@ from torch.nn import functional as F
 from planmill import kernels
 from planmill.kernels.attention import attend_by_softmax
 
-ROOT = Path(__file__).parents[3]
+from ..conftest import Check
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -77,14 +75,5 @@ def test_messages(call: Callable, error: type[Exception], message: str) -> None:
         call(normal(3, 2, 4, 5), normal(3, 2, 7, 5), normal(3, 2, 7, 6))
 
 
-def test_avx512_over_emulated_registers(tmp_path: Path) -> None:
-    program = tmp_path / "check"
-    command = ["g++", "-O0", "-std=c++20", "-fno-math-errno", "-fsanitize=address", f"-I{ROOT / 'csrc'}"]
-    command += ["-DPLANMILL_EMULATE", "-DKERNELS=softmax_attention_avx512"]
-    sources = [
-        Path(__file__).with_name("softmax_attention_check.cpp"),
-        ROOT / "csrc" / "attention" / "softmax_attention_avx512.cpp",
-    ]
-    subprocess.run([*command, *map(str, sources), "-o", str(program)], check=True)
-    result = subprocess.run([str(program)], capture_output=True, text=True, check=False)
-    assert result.stdout == "0 failures\n", result.stdout + result.stderr[-2000:]
+def test_avx512_over_emulated_registers(check_kernels: Check) -> None:
+    check_kernels("attention/softmax_attention_avx512", "-O0", "-fsanitize=address", emulated=True)

@@ -1,8 +1,6 @@
 """convolve_with_winograd against nn.Conv2d in float64, random draws, and messages."""
 
-import subprocess
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +11,7 @@ from planmill import kernels
 from planmill.kernels.convolution import WinogradConv2d, convolve_with_winograd, transform_weight
 from planmill.kernels.convolution.winograd_convolution.transform import input_matrix, kernel_matrix, output_matrix
 
-ROOT = Path(__file__).parents[3]
+from ..conftest import Check
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -143,11 +141,5 @@ def test_messages(call: Callable, error: type[Exception], message: str) -> None:
         call(normal(2, 3, 9, 9), transform_weight(normal(5, 3, 3, 3)), torch.zeros(5))
 
 
-def test_avx512_over_emulated_registers(tmp_path: Path) -> None:
-    program = tmp_path / "check"
-    command = ["g++", "-O0", "-std=c++20", "-fno-math-errno", "-fsanitize=address", f"-I{ROOT / 'csrc'}"]
-    command += ["-DPLANMILL_EMULATE", "-DKERNELS=winograd_avx512"]
-    sources = [Path(__file__).with_name("winograd_check.cpp"), ROOT / "csrc" / "convolution" / "winograd_avx512.cpp"]
-    subprocess.run([*command, *map(str, sources), "-o", str(program)], check=True)
-    result = subprocess.run([str(program)], capture_output=True, text=True, check=False)
-    assert result.stdout == "0 failures\n", result.stderr[-2000:]
+def test_avx512_over_emulated_registers(check_kernels: Check) -> None:
+    check_kernels("convolution/winograd_avx512", "-O0", "-fsanitize=address", emulated=True)

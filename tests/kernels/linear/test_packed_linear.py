@@ -1,8 +1,6 @@
 """apply_packed_weight against nn.Linear in float64, random draws, rows alone and in a batch, and messages."""
 
-import subprocess
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +11,7 @@ from planmill import kernels
 from planmill.kernels.linear import PackedLinear, apply_packed_weight, pack_weight
 from planmill.kernels.linear.packed_linear.reference import ACTIVATIONS
 
-ROOT = Path(__file__).parents[3]
+from ..conftest import Check
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -105,14 +103,5 @@ def test_messages(call: Callable, error: type[Exception], message: str) -> None:
         call(normal(4, 3), pack_weight(normal(5, 3)), torch.zeros(5))
 
 
-def test_avx512_over_emulated_registers(tmp_path: Path) -> None:
-    program = tmp_path / "check"
-    command = ["g++", "-O0", "-std=c++20", "-fno-math-errno", "-fsanitize=address", f"-I{ROOT / 'csrc'}"]
-    command += ["-DPLANMILL_EMULATE", "-DKERNELS=packed_linear_avx512"]
-    sources = [
-        Path(__file__).with_name("packed_linear_check.cpp"),
-        ROOT / "csrc" / "linear" / "packed_linear_avx512.cpp",
-    ]
-    subprocess.run([*command, *map(str, sources), "-o", str(program)], check=True)
-    result = subprocess.run([str(program)], capture_output=True, text=True, check=False)
-    assert result.stdout == "0 failures\n", result.stderr[-2000:]
+def test_avx512_over_emulated_registers(check_kernels: Check) -> None:
+    check_kernels("linear/packed_linear_avx512", "-O0", "-fsanitize=address", emulated=True)

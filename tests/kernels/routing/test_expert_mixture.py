@@ -1,8 +1,6 @@
 """expert_mixture: what its docstring promises, beside the cases that the registry's tests run."""
 
 import itertools
-import subprocess
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +11,8 @@ from planmill.kernels.routing import mix_experts
 from planmill.kernels.routing.expert_mixture.cases import assignments, compare, mixture
 from planmill.kernels.routing.expert_mixture.reference import expert_mixture_reference
 
-ROOT = Path(__file__).parents[3]
+from ..conftest import Check
+
 LEVELS = kernels.cpu_capabilities() or ("reference",)
 NATIVE = [level for level in ("baseline", "avx2", "avx512", "amx") if level in LEVELS]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -34,17 +33,9 @@ def call(args: tuple) -> torch.Tensor:
     ("level", "emulated"), [*((level, False) for level in NATIVE), ("amx", True)],
     ids=lambda v: v if isinstance(v, str) else "emulated" if v else "native",
 )  # fmt: skip
-def test_blocks_of_every_instruction_set(level: str, emulated: bool, tmp_path: Path) -> None:
+def test_blocks_of_every_instruction_set(level: str, emulated: bool, check_kernels: Check) -> None:
     """AMX emulated holds what AVX-512 is made of too: vectors of 16, but for their intrinsics."""
-    program = tmp_path / "check"
-    command = ["g++", "-O1", "-std=c++20", "-fno-math-errno", f"-I{ROOT / 'csrc'}", f"-DKERNELS=expert_mixture_{level}"]
-    command += ["-DPLANMILL_EMULATE"] * emulated
-    sources = [Path(__file__).with_suffix(".cpp"), ROOT / "csrc" / "routing" / f"expert_mixture_{level}.cpp"]
-    sources[0] = sources[0].with_name("expert_mixture_check.cpp")
-    subprocess.run([*command, *map(str, sources), "-o", str(program)], check=True)
-    result = subprocess.run([str(program)], capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout
-    assert "0 failures" in result.stdout
+    check_kernels(f"routing/expert_mixture_{level}", "-O1", emulated=emulated)
 
 
 @pytest.mark.parametrize("level", LEVELS)
