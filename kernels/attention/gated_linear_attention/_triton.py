@@ -100,14 +100,14 @@ def gated_linear_attention_kernel(
 ):  # fmt: skip
     """BLOCK_V value channels of one head of one sample, all tokens, one direction or both."""
     unit = tl.program_id(0).to(tl.int64)
-    b, h = unit // heads.to(tl.int64), unit % heads.to(tl.int64)
+    b, h = unit // tl.cast(heads, tl.int64), unit % tl.cast(heads, tl.int64)
     o_v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     p_q = q_ptr + b * stride_qb + h * stride_qh
     p_k = k_ptr + b * stride_kb + h * stride_kh
     p_v = v_ptr + b * stride_vb + h * stride_vh
     p_gates = gates_ptr + b * stride_gb + h * stride_gh
     p_backward = backward_ptr + b * stride_bb + h * stride_bh
-    out_n = heads.to(tl.int64) * values
+    out_n = tl.cast(heads, tl.int64) * values
     o_unit = b * tokens * out_n + h * values
     p_out = out_ptr + o_unit
     p_partial = p_out

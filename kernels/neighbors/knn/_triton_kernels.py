@@ -194,12 +194,12 @@ def exhaust_kernel(
                 bits = tl.load(p_scratch + o_x, mask=o_x < rows, other=INFINITE)
                 tied = (bits == last).to(tl.int32)
                 kept = ((bits < last) | ((tied > 0) & (ties + tl.cumsum(tied, 0) <= k - below))).to(tl.int32)
-                p_key = key_ptr + slots.to(tl.int64) * local + written + tl.cumsum(kept, 0) - 1
+                p_key = key_ptr + tl.cast(slots, tl.int64) * local + written + tl.cumsum(kept, 0) - 1
                 tl.store(p_key, (bits.to(tl.int64) << 32) | o_x.to(tl.int64), mask=kept > 0)
                 ties += tl.sum(tied, 0)
                 written += tl.sum(kept, 0)
             for start in range(0, slots, SCAN):
                 o_slot = start + tl.arange(0, SCAN)
                 empty = (o_slot >= written) & (o_slot < slots)
-                tl.store(key_ptr + slots.to(tl.int64) * local + o_slot, NOTHING, mask=empty)
+                tl.store(key_ptr + tl.cast(slots, tl.int64) * local + o_slot, NOTHING, mask=empty)
             tl.debug_barrier()

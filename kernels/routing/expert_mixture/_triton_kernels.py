@@ -178,7 +178,7 @@ def combine_kernel(
             p_part = part_ptr + row * columns + o_c
             for _ in range(splits):
                 term += tl.load(p_part, mask=m_c, other=0.0)
-                p_part += rows.to(tl.int64) * columns
+                p_part += tl.cast(rows, tl.int64) * columns
             if SCALE:
                 term *= tl.load(weight_ptr + row)
             total += term

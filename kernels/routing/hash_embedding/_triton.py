@@ -48,7 +48,7 @@ def lookup_kernel(
         m_value = k < count
         value = tl.load(values_ptr + o_input * most + k, mask=m_value, other=0).to(tl.uint64, bitcast=True)
         h = mix(mix(value) ^ seed)
-        m = tl.full((BLOCK_L,), 0, tl.uint64) + rows.to(tl.uint64)
+        m = tl.full((BLOCK_L,), 0, tl.uint64) + tl.cast(rows, tl.uint64)
         row = ((h >> 32) * m + (((h & 0xFFFFFFFF) * m) >> 32)) >> 32
         p_row = table_ptr + row.to(tl.int64)[:, None] * channels + o_c[None, :]
         found = tl.load(p_row, mask=m_value[:, None] & m_c[None, :], other=0.0).to(tl.float32)
