@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import GraphModule, Node
 
 aten = torch.ops.aten
@@ -143,7 +144,8 @@ class Program:
         with self.graph.inserting_before(before):
             node = self.graph.call_function(target, args, kwargs)
         fake_args, fake_kwargs = torch.fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
-        node.meta["val"] = target(*fake_args, **fake_kwargs)
+        with enable_python_dispatcher():  # torch 2.11's own linear cannot read free sizes
+            node.meta["val"] = target(*fake_args, **fake_kwargs)
         return node
 
     def emit_constant(self, before: Call, value: torch.Tensor, dtype: torch.dtype) -> Call:
