@@ -1,6 +1,7 @@
 """Time: calls alternated in one process, so that whatever the machine does meanwhile falls on all of them alike."""
 
 import gc
+import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -32,7 +33,8 @@ class Sampler:
 
     Args:
         device: "cpu" (host clock) or "cuda" (device events, the L2 cache emptied before).
-        calls: calls per sample; the sample is divided by it.
+        calls: calls per sample; the sample is divided by it. Where it is more than one, a quarter as many run before
+            the clock starts: the pool that worked before spins on, and the threads of this one are asleep.
         reports_ms: the call returns its time itself.
     """
 
@@ -47,6 +49,8 @@ class Sampler:
             return self._on_cuda(call)
         if self.calls == 1:
             time.sleep(PAUSE_S)
+        for _ in range(self.calls // 4):
+            call()
         start = time.perf_counter()
         for _ in range(self.calls - 1):
             call()
@@ -74,7 +78,7 @@ def alternate(
     budget_s: float,
     progress: Callable[[], None] = lambda: None,
 ) -> dict[str, list[float]]:
-    """Round-robin samples of every call, in milliseconds; each round starts with another of them.
+    """Samples of every call in turns, in milliseconds; each round starts with another of them and shuffles the rest.
 
     Args:
         calls: what to time, by name; each is called twice before the first sample.
@@ -95,8 +99,7 @@ def alternate(
         for done in range(11 * rounds):
             if done >= rounds and time.perf_counter() - started > budget_s:
                 break
-            shift = done % len(names)
-            for name in names[shift:] + names[:shift]:
+            for name in _order(names, done):
                 samples[name].append(sampler(calls[name]))
             if done < rounds:
                 progress()
@@ -104,3 +107,11 @@ def alternate(
         if collects:
             gc.enable()
     return samples
+
+
+def _order(names: list[str], done: int) -> list[str]:
+    """A call that always follows the same other one finds what that one left: caches, spinning threads."""
+    first = names[done % len(names)]
+    rest = [name for name in names if name != first]
+    random.Random(done).shuffle(rest)
+    return [first, *rest]

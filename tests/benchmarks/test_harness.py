@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -222,10 +223,23 @@ def test_rounds_alternate_and_start_with_another_each_time() -> None:
         return lambda: order.append(name) or 1.0  # type: ignore[func-returns-value]
 
     samples = bench.timing.alternate(
-        {name: call(name) for name in "abc"}, bench.timing.Sampler(reports_ms=True), rounds=3, budget_s=0.0
+        {name: call(name) for name in "abc"}, bench.timing.Sampler(reports_ms=True), rounds=30, budget_s=0.0
     )
-    assert "".join(order) == "aabbcc" + "abc" + "bca" + "cab"
-    assert {name: len(values) for name, values in samples.items()} == {"a": 3, "b": 3, "c": 3}
+    text = "".join(order)
+    turns = [text[i : i + 3] for i in range(6, len(text), 3)]
+    assert text[:6] == "aabbcc"
+    assert [turn[0] for turn in turns] == list("abc" * 10)
+    assert {*turns} == {"abc", "acb", "bac", "bca", "cab", "cba"}  # none always follows the same other one
+    assert {name: len(values) for name, values in samples.items()} == {"a": 30, "b": 30, "c": 30}
+
+
+def test_short_calls_run_before_the_clock_starts() -> None:
+    calls: list[float] = []
+    bench.timing.Sampler(calls=8)(lambda: calls.append(time.perf_counter()))
+    assert len(calls) == 8 + 2
+    calls.clear()
+    bench.timing.Sampler()(lambda: calls.append(time.perf_counter()))
+    assert len(calls) == 1
 
 
 def test_rows_are_appended(tmp_path: Path) -> None:
