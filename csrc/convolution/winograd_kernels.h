@@ -289,11 +289,11 @@ void run_tiles(const WinogradConvolution& conv, int64_t first, int64_t last, int
     const int64_t end = begin + kWinogradGroup < last_panel ? begin + kWinogradGroup : last_panel;
     for (int64_t tap = 0; tap < kWinogradTaps; ++tap)
       for (int64_t panel = begin; panel < end; ++panel) {
-        const bool last_panel = panel + 1 == end, last_tap = tap + 1 == kWinogradTaps;
-        const float* next_kernel = !last_panel ? kernel(tap, panel + 1)
-                                   : !last_tap ? kernel(tap + 1, begin)
-                                               : kernel(0, end < last_panel ? end : first_panel);
-        const float* next_inputs = inputs + (last_tap ? 0 : tap + 1) * layout.input_step;
+        const bool ends_group = panel + 1 == end, ends_taps = tap + 1 == kWinogradTaps;
+        const float* next_kernel = !ends_group  ? kernel(tap, panel + 1)
+                                   : !ends_taps ? kernel(tap + 1, begin)
+                                                : kernel(0, end < last_panel ? end : first_panel);
+        const float* next_inputs = inputs + (ends_taps ? 0 : tap + 1) * layout.input_step;
         const int64_t share = (panel - begin) * kProductRows<V> * layout.row / kWinogradGroup;
         const WinogradNext next{next_kernel, next_inputs + share, lines};
         multiply_panel<V>(inputs + tap * layout.input_step, layout.row, tiles, channels, kernel(tap, panel), next,
