@@ -24,7 +24,7 @@ def _outputs(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor, *setting
     stride, padding, _, _, pool_size, pool_stride, pool_padding, _ = settings
     sides = (
         _side(_side(n, size, stride, padding), pool_size, pool_stride, pool_padding)
-        for n, size in zip(x.shape[2:], packed.shape[2:4], strict=True)
+        for n, size in ((x.shape[axis], packed.shape[axis]) for axis in (2, 3))  # no slice: the rank may be unknown
     )
     return [((x.shape[0], *sides, bias.shape[0]), x.dtype)]
 
