@@ -32,6 +32,13 @@ void pack_keys(const AttentionRows& k, int64_t first, int64_t count, int64_t cha
   for (int64_t begin = 0; begin < count; begin += P, to += channels * P) {
     const float* from = k.data + (first + begin) * k.row;
     const int64_t lanes = count - begin < P ? count - begin : P;
+    if (k.row == 1 && lanes == P) {  // channels first, as pictures have them
+      const auto factor = V::set1(scale);
+      for (int64_t c = 0; c < channels; ++c)
+        for (int64_t lane = 0; lane < P; lane += V::kWidth)
+          V::store(to + c * P + lane, V::mul(factor, V::load(from + c * k.channel + lane)));
+      continue;
+    }
     for (int64_t lane = 0; lane < lanes; ++lane, from += k.row)
       if (k.channel == 1)
         for (int64_t c = 0; c < channels; ++c) to[c * P + lane] = scale * from[c];

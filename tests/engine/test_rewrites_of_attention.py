@@ -84,6 +84,62 @@ def test_other_attention_stays_as_it_is(call: Callable[..., torch.Tensor]) -> No
     assert rewrite(captured, PASS) is captured
 
 
+def _written(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float = 0.5) -> torch.Tensor:
+    return (q @ k.mT * scale).softmax(-1) @ v
+
+
+@pytest.mark.parametrize(
+    ("call", "scale"),
+    [
+        (lambda x: _written(x, x + 1, 2 * x), 0.5),
+        (lambda x: F.softmax((x / 3) @ (2 * x).transpose(2, 3) / 4, dim=3) @ x, 1 / 12),
+        (lambda x: F.dropout((x @ x.permute(0, 1, 3, 2)).softmax(-1), 0.5, training=False).matmul(x[..., :3]), 1.0),
+        (lambda x: _written(x[:, 0], x[:, 1, :2], x[:, 2, :2]), 0.5),
+        (lambda x: torch.bmm((0.25 * torch.bmm(x[:, 0], x[:, 1].mT)).softmax(-1), x[:, 2]), 0.25),
+        (lambda x: _written(_written(x, x, x), x, _written(x, x, 3 * x)), 0.5),
+        (lambda x: _written(x, x, attend(x, x, x)), 0.5),
+        (lambda x: _written(x.bfloat16() * torch.tensor([2.0], dtype=x.dtype), x, x), 0.5),
+    ],
+    ids=["scores", "everywhere", "dropout", "one_head", "bmm", "one_into_another", "called_too", "q_of_16_bits"],
+)
+@torch.no_grad()
+def test_attention_that_is_written_out(call: Callable[..., torch.Tensor], scale: float) -> None:
+    torch.manual_seed(0)
+    captured = capture(Attention(call).eval(), torch.rand(3, 4, 5, 8), dynamic=SMALL)
+    rewritten = rewrite(captured, PASS)
+    assert rewritten.rewrites == PASS
+    targets = {node.target for node in rewritten.program.graph.nodes}
+    assert not targets & {torch.ops.aten.matmul.default, torch.ops.aten.softmax.int, attend_op}
+    assert attentions(rewritten)[-1].args[3] == pytest.approx(scale)
+    for x in (torch.rand(3, 4, 5, 8), 3 * torch.randn(1, 4, 5, 8)):
+        assert (rewritten.program.module()(x)[0] - call(x.double())).abs().max() <= 3e-6
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: (weights := (x @ x.mT).softmax(-1)) @ x + weights.sum(),
+        lambda x: (scores := x @ x.mT).softmax(-1) @ x + scores.sum(),
+        lambda x: (scores := 2 * (x @ x.mT)).softmax(-1) @ x + scores.sum(),
+        lambda x: (x @ x.mT).softmax(2) @ x,
+        lambda x: (x @ x.mT + torch.eye(5)).softmax(-1) @ x,
+        lambda x: (x @ x.mT + 1).softmax(-1) @ x,
+        lambda x: (x @ x.mT * torch.arange(1.0, 5.0).view(4, 1, 1)).softmax(-1) @ x,
+        lambda x: (x @ x.mT).softmax(-1) @ x[:, :1],
+        lambda x: (x @ x[0].mT).softmax(-1) @ x,
+        lambda x: (x @ x.mT).softmax(-1, dtype=torch.float64).float() @ x,
+        lambda x: x @ (x.mT @ x).softmax(-1),
+    ],
+    ids=[
+        *("weights_seen", "scores_seen", "scaled_scores_seen", "over_queries", "bias", "shift", "temperature_by_head"),
+        *("one_head_of_values", "keys_of_one_sample", "other_dtype", "other_side"),
+    ],
+)
+def test_what_only_looks_like_attention_stays_as_it_is(call: Callable[..., torch.Tensor]) -> None:
+    captured = capture(Attention(call).eval(), torch.rand(3, 4, 5, 8), dynamic=SMALL)
+    assert rewrite(captured, PASS) is captured
+
+
 def test_16_bits_stay_as_they_are() -> None:
     captured = capture(Tokens().eval(), torch.rand(3, 21, 12), dynamic=SMALL, precision="bf16")
     assert rewrite(captured, PASS) is captured

@@ -1,12 +1,14 @@
 """A plan computes what its model computes, and says what does not fit."""
 
+import itertools
 import json
 import os
+import random
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from pathlib import Path
 from typing import Any
 
@@ -246,6 +248,8 @@ def test_large_buffers_stay_from_one_call_to_the_next(door_plan: tuple[Path, Doo
             door.inside = lambda: None
         return made.pop()
 
+    during_a_call(lambda: torch.empty(size))  # freed after the call
+    assert runner.kept_bytes == 4 * size
     first = during_a_call(lambda: torch.zeros(size))
     second = during_a_call(lambda: torch.ones(size))  # the caller has the first one
     address, held = first.data_ptr(), 4 * size
@@ -269,6 +273,66 @@ def test_large_buffers_stay_from_one_call_to_the_next(door_plan: tuple[Path, Doo
     del runner
     session.close()
     assert second.all()
+
+
+def test_buffers_of_a_call_share_one_block(door_plan: tuple[Path, Door]) -> None:
+    path, door = door_plan
+    session, draws = Session(path), random.Random(0)
+    runner: Any = session._run
+    scripts = [_draw_script(draws) for _ in range(3)]
+
+    def run(script: list[tuple[str, int, int]], late: Set[int]) -> dict[int, torch.Tensor]:
+        """Buffers full of their own number; those in `late` go later than the script says. What is left at the end."""
+        made: dict[int, torch.Tensor] = {}
+        for kind, index, size in script:
+            if kind == "take":
+                made[index] = torch.full((size,), index, dtype=torch.int32)
+            elif index not in late:
+                assert bool((made.pop(index) == index).all())
+        return made
+
+    def call(script: list[tuple[str, int, int]], late: Set[int] = frozenset()) -> dict[int, torch.Tensor]:
+        kept = []
+        door.inside = lambda: kept.append(run(script, late))
+        try:
+            session(torch.ones(2, 4))
+        finally:
+            door.inside = lambda: None
+        return kept.pop()
+
+    held: list[dict[int, torch.Tensor]] = []
+    for round_ in range(12):
+        script = scripts[draws.randrange(3)]
+        ended = [index for kind, index, _ in script if kind == "let go"]
+        held.append(call(script, set(draws.sample(ended, 3)) if round_ % 2 else set()))
+        if draws.random() < 0.5:
+            held.pop(draws.randrange(len(held)))
+        assert all(bool((x == index).all()) for made in held for index, x in made.items())
+    held.clear()
+    for _ in range(5):
+        session(torch.ones(2, 4))
+    assert runner.kept_bytes == 0
+    for first in (17, 18, 19):  # calls of another kind begin with another size
+        script = [("take", 40, first << 16), *_draw_script(draws, lasting=False), ("let go", 40, 0)]
+        for _ in range(2):
+            call(script)
+        sizes = {index: size for kind, index, size in script if kind == "take"}
+        changes = [4 * sizes[index] * (1 if kind == "take" else -1) for kind, index, _ in script]
+        most = max(itertools.accumulate(changes))
+        assert most <= runner.kept_bytes <= 1.2 * most
+        for _ in range(5):
+            session(torch.ones(2, 4))
+
+
+def _draw_script(draws: random.Random, lasting: bool = True) -> list[tuple[str, int, int]]:
+    """40 buffers of 256 KiB to 4 MiB, taken and let go in any order; where `lasting`, some outlive the call."""
+    script, alive = [], []
+    for index in range(40):
+        script.append(("take", index, (1 << 16) * draws.randint(1, 16)))
+        alive.append(index)
+        while alive and draws.random() < 0.47:
+            script.append(("let go", alive.pop(draws.randrange(len(alive))), 0))
+    return script if lasting else script + [("let go", index, 0) for index in alive]
 
 
 def test_filling_outputs(several_plan: Plan) -> None:

@@ -33,6 +33,12 @@ def _strided(dtype: torch.dtype, g: torch.Generator) -> Drawn:
     return strided(q), strided(k), strided(v), scale
 
 
+def _channels_first(dtype: torch.dtype, g: torch.Generator) -> Drawn:
+    """Views of pictures: the positions of a channel stand together."""
+    q, k, v = (normal(g, dtype, 2, 2, size, 275).mT for size in (9, 9, 20))
+    return q, k, v, 9**-0.5
+
+
 def _expanded(dtype: torch.dtype, g: torch.Generator) -> Drawn:
     """One head of keys and values for all heads of queries."""
     q, k, v, scale = drawn(dtype, g, 2, 3, 9, 20, 8, 8)
@@ -77,6 +83,7 @@ def cases() -> list[Case]:
         case("no_channels", 2, 2, 5, 5, 0, 4),
         Case("projected", lambda dtype, g: projected(dtype, g, 2, 3, 65, 24), FLOAT32),
         Case("strided", _strided, FLOAT32),
+        Case("channels_first", _channels_first, FLOAT32),
         Case("expanded", _expanded, FLOAT32),
         Case("ties", _ties, FLOAT32),
         Case("special", _special, FLOAT32),
