@@ -1,5 +1,6 @@
 """convolve_with_winograd against nn.Conv2d in float64, random draws, and messages."""
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -25,15 +26,25 @@ def test_matrices_give_the_convolution_exactly(size: int) -> None:
     torch.testing.assert_close(found, d.unfold(0, size, 1) @ g, rtol=1e-12, atol=1e-12)
 
 
+def summed(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """The convolution with padding 1, one product added after the other: every library sums in another order."""
+    size, padded = weight.shape[2], F.pad(x, (1, 1, 1, 1))
+    height, width = (n - size + 1 for n in padded.shape[2:])
+    total = bias.view(-1, 1, 1).expand(len(x), -1, height, width).contiguous()
+    for c, i, j in itertools.product(range(x.shape[1]), range(size), range(size)):
+        total.addcmul_(weight[:, c, i, j].view(-1, 1, 1), padded[:, c : c + 1, i : i + height, j : j + width])
+    return total
+
+
 @pytest.mark.parametrize("size", [2, 3, 4, 5])
 def test_as_exact_as_the_sum_over_taps(size: int) -> None:
-    """Within three times the error of PyTorch's own convolution in float32."""
+    """About the error of the plain sum in float32."""
     x, weight = F.relu(normal(1, 192, 30, 31)), normal(64, 192, size, size) * 0.02
     bias = normal(64)
     want = F.conv2d(x.double(), weight.double(), bias.double(), padding=1)
     ours = convolve_with_winograd(x, transform_weight(weight), bias, size=size, padding=1).double() - want
-    theirs = F.conv2d(x, weight, bias, padding=1).double() - want
-    assert ours.norm() <= 3 * theirs.norm()
+    plain = summed(x, weight, bias).double() - want
+    assert ours.norm() <= 1.5 * plain.norm()
     assert ours.abs().max() <= 1e-5 * want.abs().max()
 
 

@@ -79,13 +79,29 @@ def anomalib() -> Iterator[SimpleNamespace]:
         yield SimpleNamespace(KCenterGreedy=sampling.KCenterGreedy, PatchcoreModel=model.PatchcoreModel)
 
 
+def narrowest_choice(features: torch.Tensor, chosen: list[int]) -> float:
+    """By how much the farthest row leads the second at its narrowest, relative to its distance; in float64."""
+    f, narrowest = features.double(), torch.inf
+    nearest = (f - f[chosen[0]]).norm(dim=1)
+    for row in chosen[1:]:
+        first, second = nearest.topk(2).values.tolist()
+        narrowest = min(narrowest, (first - second) / first)
+        nearest = nearest.minimum((f - f[row]).norm(dim=1))
+    return narrowest
+
+
 def test_the_rows_that_anomalib_chooses(anomalib: SimpleNamespace) -> None:
-    x = clusters(600, 400)
-    torch.manual_seed(3)
-    sampler = anomalib.KCenterGreedy(x, 0.1)
-    want = sampler.select_coreset_idxs()
-    assert sampler.features.shape[1] < x.shape[1], "anomalib no longer projects"
-    assert choose_coreset(sampler.features, 60, start=want[0]).tolist() == want
+    compared = 0
+    for seed in range(6):
+        x = clusters(600, 400, seed=seed)
+        torch.manual_seed(seed)
+        sampler = anomalib.KCenterGreedy(x, 0.1)
+        want = sampler.select_coreset_idxs()
+        assert sampler.features.shape[1] < x.shape[1], "anomalib no longer projects"
+        if narrowest_choice(sampler.features, want) > 1e-5:  # else float32 decides, on each machine in its own way
+            assert choose_coreset(sampler.features, 60, start=want[0]).tolist() == want
+            compared += 1
+    assert compared >= 2
 
 
 @pytest.mark.parametrize("neighbours", [1, 9, 300])
