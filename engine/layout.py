@@ -1,5 +1,6 @@
-"""The layout of activations that suits a program, by what it spends its arithmetic on."""
+"""What a program spends its arithmetic on, and the layout of activations that suits it."""
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -30,15 +31,20 @@ class _Arithmetic(TorchDispatchMode):
 
 
 def suitable_layout(program: ExportedProgram) -> Layout:
-    """Channels-last where convolutions do most of the arithmetic, at the sizes that the program was captured with.
+    """Channels-last where convolutions do most of the arithmetic."""
+    counts = [found for _, found in arithmetic(program.graph)]
+    return "channels_last" if 2 * sum(c.convolutions for c in counts) > sum(c.total for c in counts) else "contiguous"
+
+
+def arithmetic(graph: torch.fx.Graph) -> Iterator[tuple[torch.fx.Node, _Arithmetic]]:
+    """The operations of each op that multiplies, at the sizes that the program was captured with.
 
     Ops are counted one by one, on tensors without values, and only those with two factors: what a branch or a loop of
     torch's does inside is not counted, nor what an op of ours does, nor what has a size that only values tell.
     """
     fake = FakeTensorMode()
     known: dict[str, _Arithmetic] = {}  # layers of a model repeat each other
-    total = convolutions = 0
-    for node in program.graph.nodes:
+    for node in graph.nodes:
         if node.op != "call_function" or not _may_multiply(node):
             continue
         args, kwargs = map_arg((node.args, node.kwargs), lambda n: _stand_in(n.meta.get("val"), fake))
@@ -47,9 +53,7 @@ def suitable_layout(program: ExportedProgram) -> Layout:
             known[key] = _Arithmetic()
             with torch.no_grad(), fake, known[key]:
                 node.target(*args, **kwargs)
-        total += known[key].total
-        convolutions += known[key].convolutions
-    return "channels_last" if convolutions * 2 > total else "contiguous"
+        yield node, known[key]
 
 
 def _may_multiply(node: torch.fx.Node) -> bool:

@@ -256,6 +256,16 @@ inline void multiply_tile(const float* a, int64_t row, const float* b, float* c,
   }
 }
 
+// Fewer tiles than a register tile has: as many sums at once, since one alone waits for itself at every channel.
+template <class V, int Rows>
+void multiply_rest(const float* inputs, int64_t row, int64_t tiles, int64_t channels, const float* kernel,
+                   WinogradNext next, float* products) {
+  if constexpr (Rows > 0) {
+    if (tiles == Rows) multiply_tile<V, Rows>(inputs, row, kernel, products, channels, next);
+    else multiply_rest<V, Rows - 1>(inputs, row, tiles, channels, kernel, next, products);
+  }
+}
+
 // products [tiles, 16] of a tap and a panel.
 template <class V>
 void multiply_panel(const float* inputs, int64_t row, int64_t tiles, int64_t channels, const float* kernel,
@@ -267,8 +277,8 @@ void multiply_panel(const float* inputs, int64_t row, int64_t tiles, int64_t cha
     next.kernel += (channels + kTurn - 1) / kTurn * next.lines * kLine;
     next.inputs += kRows * row;
   }
-  for (; t < tiles; ++t)
-    multiply_tile<V, 1>(inputs + t * row, row, kernel, products + t * kWinogradPanel, channels, next);
+  multiply_rest<V, static_cast<int>(kRows) - 1>(inputs + t * row, row, tiles - t, channels, kernel, next,
+                                                products + t * kWinogradPanel);
 }
 
 template <class V, class T>

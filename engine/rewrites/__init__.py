@@ -28,12 +28,15 @@ PASSES = (
     "winograd_convolution",
     "packed_linear",
     "softmax_attention",
+    "float32_arithmetic",
+    "late_rounding",
+    "contiguous_input",
 )
 # On a CPU these save no more than they cost: sharing a convolution reads the image once and copies behind the split; an
 # image padded with its mean needs no subtraction, and is a copy.
 _ASKED_FOR = ("shared_convolution", "normalization_into_padding")
 # These put ops of ours for the CPU into the program, and hide what the others look for: they run once, after those.
-_LAST = ("stem_convolution", "winograd_convolution", "packed_linear", "softmax_attention")
+_LAST = PASSES[PASSES.index("stem_convolution") :]
 DEFAULT = tuple(name for name in PASSES if name not in (*_ASKED_FOR, *_LAST))
 _ROUNDS = 8
 

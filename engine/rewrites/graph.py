@@ -67,6 +67,9 @@ class Program:
         self._known: dict[Call, bool] = {}
         self._values: dict[Call, torch.Tensor] = {}
         self._made: dict[tuple, list[str]] = {}
+        # Of halves.py: roundings of what is float32 where the program has 16 bits; operations of each call before that.
+        self.roundings: set[Call] = set()
+        self.arithmetic: dict[Call, int] = {}
         self._drop_what_does_nothing()
         self._keep_strides()
 

@@ -3,13 +3,14 @@ cuts an image into patches becomes such a layer.
 
     act(W x + b), W in the order in which the product reads it
 
-Exact within the rounding of float32, in which alone it fires: 16-bit weights are packed by the library that has units
-for them.
+Exact within the rounding of float32, in which it computes; in a 16-bit program it fires where the processor has no
+units for them.
 """
 
 import torch
 
 from planmill.engine.rewrites.graph import Call, Program, argument, aten, dtype_of, is_linear, only_user, shape_of
+from planmill.engine.rewrites.halves import Units, rounded, runs_in_float32, widened
 from planmill.kernels.common.cpu import extension
 from planmill.kernels.linear.packed_linear.packing import pack_weight
 
@@ -25,7 +26,7 @@ def apply(program: Program) -> int:
     for layer in program.calls(aten.linear.default, aten.conv2d.default):
         bias = argument(layer, 2, "bias")
         known = program.is_constant(layer.args[1]) and (bias is None or program.is_constant(bias))
-        if not known or dtype_of(layer) != torch.float32 or 0 in shape_of(layer.args[1]):
+        if not known or not runs_in_float32(layer, unless=Units.VECTOR) or 0 in shape_of(layer.args[1]):
             continue
         if is_linear(layer):
             _replace_linear(program, layer)
@@ -77,4 +78,7 @@ def _multiply(program: Program, layer: Call, x: Call, activation: str) -> Call:
     assert weight is not None
     packed = program.emit_constant(layer, pack_weight(weight.flatten(1).float()), torch.float32)
     shift = program.emit_constant(layer, torch.zeros(len(weight)) if bias is None else bias, torch.float32)
-    return program.emit(layer, torch.ops.planmill.packed_linear.default, x, packed, shift, activation)
+    y = program.emit(
+        layer, torch.ops.planmill.packed_linear.default, widened(program, layer, x), packed, shift, activation
+    )
+    return rounded(program, layer, y, dtype_of(layer))

@@ -4,7 +4,7 @@ the next layer reads them, side by side: no copies in between.
     softmax(scale q k^T) v, transposed, and transposed back, which is a view
 
 Whether a model calls PyTorch's function or writes the two products out. Exact within the rounding of float32, in which
-alone it fires: for 16 bits the library has units.
+it computes; in a 16-bit program it fires where the processor has no matrix units for them.
 """
 
 from collections.abc import Iterator
@@ -15,6 +15,7 @@ import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from planmill.engine.rewrites.graph import Call, Program, argument, aten, dtype_of, only_user, shape_of
+from planmill.engine.rewrites.halves import Units, rounded, runs_in_float32, widened
 from planmill.kernels.common.cpu import extension
 
 _PLAIN = (("attn_mask", None), ("dropout_p", 0.0), ("is_causal", False))
@@ -38,7 +39,8 @@ def apply(program: Program) -> int:
         return 0
     fired = 0
     for found in chain(_called(program), _written_out(program)):
-        call, q, k, v = found[:4]
+        call = found.call
+        q, k, v = (widened(program, call, x) for x in (found.q, found.k, found.v))
         heads = len(shape_of(q)) == 4
         if not heads:  # one head
             q, k, v = (program.emit(call, aten.unsqueeze.default, x, 1) for x in (q, k, v))
@@ -46,7 +48,7 @@ def apply(program: Program) -> int:
             k = program.emit(call, aten.transpose.int, k, 2, 3)
         y = program.emit(call, torch.ops.planmill.softmax_attention.default, q, k, v, found.scale)
         back = (aten.transpose.int, y, 1, 2) if heads else (aten.squeeze.dim, y, 2)
-        program.replace(call, program.emit(call, *back))
+        program.replace(call, rounded(program, call, program.emit(call, *back), dtype_of(call)))
         fired += 1
     return fired
 
@@ -56,7 +58,7 @@ def _called(program: Program) -> Iterator[_Attention]:
     for call in program.calls(aten.scaled_dot_product_attention.default):
         q, k, v = call.args[:3]
         plain = all(argument(call, 3 + i, name, default) == default for i, (name, default) in enumerate(_PLAIN))
-        if plain and len(shape_of(call)) == 4 and _match(shape_of(q), shape_of(k), shape_of(v), dtype_of(call)):
+        if plain and len(shape_of(call)) == 4 and _match(call, shape_of(q), shape_of(k), shape_of(v)):
             scale = argument(call, 6, "scale")
             yield _Attention(call, q, k, v, shape_of(q)[3] ** -0.5 if scale is None else float(scale))
 
@@ -72,7 +74,7 @@ def _written_out(program: Program) -> Iterator[_Attention]:
             continue
         (q, of_q), (k, of_k) = (_unscaled(program, x) for x in scores.args)
         if len(shape_of(q)) == len(shape_of(k)) and _match(
-            shape_of(q), (*shape_of(k)[:-2], shape_of(k)[-1], shape_of(k)[-2]), shape_of(v), dtype_of(call)
+            call, shape_of(q), (*shape_of(k)[:-2], shape_of(k)[-1], shape_of(k)[-2]), shape_of(v)
         ):
             yield _Attention(call, q, k, v, factor * of_q * of_k, transposed=True)
 
@@ -97,9 +99,9 @@ def _unscaled(program: Program, node: Any, user: Call | None = None) -> tuple[An
     return node, factor
 
 
-def _match(q: Any, k: Any, v: Any, dtype: torch.dtype) -> bool:
+def _match(call: Call, q: Any, k: Any, v: Any) -> bool:
     """Whether the op takes these shapes: nothing is repeated for the samples or heads of another."""
-    if dtype != torch.float32 or not len(q) == len(k) == len(v) or len(q) not in (3, 4):
+    if not runs_in_float32(call, unless=Units.MATRIX) or not len(q) == len(k) == len(v) or len(q) not in (3, 4):
         return False
     pairs = [(a[i], q[i]) for a in (k, v) for i in range(len(q) - 2)]
     return isinstance(q[-1], int) and q[-1] > 0 and all(statically_known_true(a == b) for a, b in pairs)

@@ -3,8 +3,8 @@
     pool(relu(W * x + b)) row by row
 
 Such a layer is a network's first: it writes the largest tensor of all, only to have it read once. Exact within the
-rounding of float32, in which alone it fires: 16-bit convolutions have units of their own. What cuts an image into
-patches is a linear layer, and is left to `packed_linear`.
+rounding of float32, in which it computes; in a 16-bit program it fires where the processor has no matrix units for
+them. What cuts an image into patches is a linear layer, and is left to `packed_linear`.
 """
 
 from typing import Any, NamedTuple
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from planmill.engine.rewrites.graph import Call, Program, argument, aten, dtype_of, only_user, shape_of
+from planmill.engine.rewrites.halves import Units, rounded, runs_in_float32, widened
 from planmill.kernels.common.cpu import extension
 from planmill.kernels.convolution.stem_convolution.packing import PANEL, pack_kernel
 
@@ -41,7 +42,7 @@ def apply(program: Program) -> int:
 def _is_stem(program: Program, layer: Call) -> bool:
     bias = argument(layer, 2, "bias")
     known = program.is_constant(layer.args[1]) and (bias is None or program.is_constant(bias))
-    if not known or dtype_of(layer) != torch.float32 or len(shape_of(layer.args[0])) != 4:
+    if not known or not runs_in_float32(layer, unless=Units.MATRIX) or len(shape_of(layer.args[0])) != 4:
         return False
     stride, padding = _side(argument(layer, 3, "stride", [1])), _side(argument(layer, 4, "padding", [0]))
     plain = _side(argument(layer, 5, "dilation", [1])) == 1 and argument(layer, 6, "groups", 1) == 1
@@ -89,5 +90,7 @@ def _replace(program: Program, layer: Call) -> None:
     shift = program.emit_constant(layer, torch.zeros(len(weight)) if bias is None else bias, torch.float32)
     stride, padding = _side(argument(layer, 3, "stride", [1])), _side(argument(layer, 4, "padding", [0]))
     op = torch.ops.planmill.stem_convolution.default
-    y = program.emit(layer, op, layer.args[0], packed, shift, stride, padding, activation, *pool)
-    program.replace(last, program.emit(layer, aten.permute.default, y, [0, 3, 1, 2]))
+    x = widened(program, layer, layer.args[0])
+    y = program.emit(layer, op, x, packed, shift, stride, padding, activation, *pool)
+    y = program.emit(layer, aten.permute.default, y, [0, 3, 1, 2])
+    program.replace(last, rounded(program, layer, y, dtype_of(layer)))

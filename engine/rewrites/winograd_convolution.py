@@ -2,14 +2,16 @@
 
     W x = A^T [(G W G^T) * (B^T x B)] A    tile by tile (Lavin and Gray, CVPR 2016)
 
-Exact within the rounding of float32, in which alone it fires: 16-bit convolutions have units of their own. A NaN or an
-infinity in an image may reach every output of its tile. Only where the sums over channels are long enough, and the
+Exact within the rounding of float32, in which it computes. In a 16-bit program it fires where the processor has no
+matrix units for them: vector units are twice as fast as float32, and this takes a quarter. A NaN or an infinity in an
+image may reach every output of its tile. Only where the sums over channels are long enough, and the
 tiles many enough, that transforms and kernels 36 / r^2 times as large do not eat what the products save.
 """
 
 import torch
 
 from planmill.engine.rewrites.graph import Call, Program, argument, aten, dtype_of, shape_of
+from planmill.engine.rewrites.halves import Units, rounded, runs_in_float32, widened
 from planmill.kernels.common.cpu import extension
 from planmill.kernels.convolution.winograd_convolution.transform import SIDE, SIZES, transform_weight
 
@@ -30,7 +32,7 @@ def _pays(program: Program, layer: Call) -> bool:
     settings = [argument(layer, i, n, d) for i, n, d in ((3, "stride", [1]), (5, "dilation", [1]), (6, "groups", 1))]
     plain = all(value in (1, [1], [1, 1]) for value in settings)
     shape, (outputs, channels, *size) = shape_of(layer), shape_of(layer.args[1])
-    if not known or not plain or dtype_of(layer) != torch.float32 or len(shape) != 4:
+    if not known or not plain or not runs_in_float32(layer, unless=Units.MATRIX) or len(shape) != 4:
         return False
     if size[0] != size[1] or size[0] not in SIZES or len({*_padding(layer)}) != 1:
         return False
@@ -52,9 +54,11 @@ def _replace(program: Program, layer: Call) -> bool:
     bias = program.constant(bias_node)
     transformed = program.emit_constant(layer, transform_weight(weight), torch.float32)
     shift = program.emit_constant(layer, torch.zeros(len(weight)) if bias is None else bias, torch.float32)
-    last = program.emit(layer, aten.permute.default, layer.args[0], [0, 2, 3, 1])
+    x = widened(program, layer, layer.args[0])
+    last = program.emit(layer, aten.permute.default, x, [0, 2, 3, 1])
     last = program.emit(layer, aten.contiguous.default, last)
     op = torch.ops.planmill.winograd_convolution.default
     found = program.emit(layer, op, last, transformed, shift, int(weight.shape[2]), _padding(layer)[0])
-    program.replace(layer, program.emit(layer, aten.permute.default, found, [0, 3, 1, 2]))
+    found = program.emit(layer, aten.permute.default, found, [0, 3, 1, 2])
+    program.replace(layer, rounded(program, layer, found, dtype_of(layer)))
     return True

@@ -138,8 +138,3 @@ def test_attention_that_is_written_out(call: Callable[..., torch.Tensor], scale:
 def test_what_only_looks_like_attention_stays_as_it_is(call: Callable[..., torch.Tensor]) -> None:
     captured = capture(Attention(call).eval(), torch.rand(3, 4, 5, 8), dynamic=SMALL)
     assert rewrite(captured, PASS) is captured
-
-
-def test_16_bits_stay_as_they_are() -> None:
-    captured = capture(Tokens().eval(), torch.rand(3, 21, 12), dynamic=SMALL, precision="bf16")
-    assert rewrite(captured, PASS) is captured
