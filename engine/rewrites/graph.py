@@ -152,15 +152,21 @@ class Program:
         return node
 
     def emit_constant(self, before: Call, value: torch.Tensor, dtype: torch.dtype) -> Call:
-        """A new constant before a node: `value` rounded once to `dtype`; what layers share, their constants share."""
+        """A new constant before a node: `value` rounded once to `dtype`; what layers share, their constants share.
+
+        What is rounded to 16 bits is remembered as it was: a later pass may want it in float32.
+        """
         rounded = value.to(dtype).contiguous()
         key = dtype, tuple(rounded.shape), float(rounded.sum(dtype=torch.float64))
         alike = self._made.setdefault(key, [])
-        name = next((made for made in alike if getattr(self.module, made).equal(rounded)), "")
+        same = (made for made in alike if getattr(self.module, made).equal(rounded))
+        name = next((made for made in same if made not in self._given or self._given[made].equal(value)), "")
         if not name:
             name = f"_rewritten_{sum(map(len, self._made.values()))}"
             alike.append(name)
             self.module.register_buffer(name, rounded)
+            if dtype.itemsize == 2:
+                self._given[name] = value
         with self.graph.inserting_before(before):
             node = self.graph.get_attr(name)
         mode = next(n for n in self.graph.nodes if n.op == "placeholder").meta["val"].fake_mode

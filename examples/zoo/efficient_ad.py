@@ -27,7 +27,9 @@ class Detection(NamedTuple):
 
 def normalize(x: torch.Tensor) -> torch.Tensor:
     """Images [B, 3, H, W] in [0, 1] by the mean and deviation of ImageNet."""
-    mean, std = (x.new_tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = (
+        torch.tensor(values, device=x.device).view(1, 3, 1, 1).to(x.dtype) for values in (IMAGENET_MEAN, IMAGENET_STD)
+    )
     return (x - mean) / std
 
 

@@ -252,3 +252,16 @@ def test_random_programs(precision: Precision, flags: tuple[str, ...], processor
     processor(*flags)
     for seed in range(4):
         check(seed, wide=True, precision=precision)
+
+
+@torch.no_grad()
+def test_folded_weights_are_not_rounded(processor: Callable[..., None]) -> None:
+    processor("avx512_bf16")
+    torch.manual_seed(4)
+    norm = nn.BatchNorm2d(96)
+    norm.running_var.uniform_(0.5, 2)  # type: ignore[union-attr]
+    model, x = nn.Sequential(nn.Conv2d(96, 96, 3), norm).eval(), torch.randn(3, 96, 16, 16)
+    rewritten = rewrite(capture(model, x, dynamic=SMALL, precision="bf16"), BUILT)
+    assert rewritten.rewrites == ["affine_into_output", "winograd_convolution", "late_rounding"]
+    (got,), want = rewritten.program.module()(x), model.double()(x.double())
+    assert (got - want).abs().max() <= 3e-6 * want.abs().max()
