@@ -10,8 +10,8 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
-HEAD = """| op, size | input | instead of | ratio | asked | ms | largest error |
-|---|---|---|---|---|---|---|"""
+HEAD = """| op, size | input | on | instead of | ratio | asked | ms | largest error |
+|---|---|---|---|---|---|---|---|"""
 
 COSTS = {
     "call_overhead": "a call of `{case}` at 8 elements {us:.1f} us{asked}",
@@ -36,6 +36,11 @@ def asked(row: Row) -> str:
     """The ratio asked for, or why it is not asked on this machine."""
     goals = [goal for goal in row["goals"] if goal["kind"] == "ratio"]
     return ", ".join(f"{goal['asked']:g}x" + (f" ({goal['reason']})" if goal["met"] is None else "") for goal in goals)
+
+
+def place(row: Row) -> str:
+    """What a row was measured on: the instruction set, or the GPU."""
+    return row["versions"]["isa"] if row["device"] == "cpu" else row["versions"]["gpu"]
 
 
 def amounts(row: Row) -> dict[str, float]:
@@ -73,15 +78,15 @@ def table(rows: list[Row], whole: bool) -> str:
     rows = sorted(rows, key=lambda row: row["op"]) if whole else hardest(rows)
     machines = sorted(
         {
-            f"{row['versions']['cpu']}, {row['versions']['threads']} threads, {row['impl']}"
+            f"{row['versions']['cpu']} ({place(row)}), {row['versions']['threads']} threads"
             for row in rows
-            if "C++" in row["impl"]
+            if row["device"] == "cpu"
         }
     )
     lines = [f"Medians on {'; '.join(machines)}. Peers run in turns with ours in one process.", "", HEAD]
     lines += [
-        f"| `{row['op']}`, {row['case']} | {row['dtype']} | {row['peer']} | {row['ratio']:.2f} | {asked(row)} "
-        f"| {row['p50_ms']:.3g} | {row['max_error']:.1e} |"
+        f"| `{row['op']}`, {row['case']} | {row['dtype']} | {place(row)} | {row['peer']} | {row['ratio']:.2f} "
+        f"| {asked(row)} | {row['p50_ms']:.3g} | {row['max_error']:.1e} |"
         for row in rows
     ]
     said = [COSTS[op].format(case=case, **amounts(row), asked=time_asked(row)) for (op, case), row in costs.items()]

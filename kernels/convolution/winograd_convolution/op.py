@@ -38,7 +38,8 @@ def convolve_with_winograd(
     d_c is a tile of 6 x 6 of channel c, padded with zeros; B^T, A^T and G (in U = G g G^T, `transform_weight`) evaluate
     and interpolate polynomials at 0, 1, -1, 1/2, -2 and infinity; a tile gives (7 - r)^2 outputs for 36 products, where
     the sum over taps takes r^2 (7 - r)^2: 2.8 times as many for r = 2 and 5, 4 times for 3 and 4. With these points the
-    error in float32 is about that of the plain sum; it is bounded by the largest inputs of the tile, not by the output.
+    error in float32 is about that of the plain sum, term after term (a library that sums in blocks can be six times as
+    exact); it is bounded by the largest inputs of the tile, not by the output.
     Computed in float32, whatever the dtype of x, and rounded once. Made for CPUs without matrix units: on other devices
     the op is its reference.
 
