@@ -246,6 +246,7 @@ def test_what_linear_layers_read_is_contiguous(passes: list[str]) -> None:
     assert rewrite(captured, ["contiguous_input"]) is captured
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("flags", [(), ("avx512_bf16",), ("avx512_bf16", "amx_bf16")], ids=len)
 @pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_random_programs(precision: Precision, flags: tuple[str, ...], processor: Callable[..., None]) -> None:
